@@ -1,0 +1,1 @@
+"""Benchmarks: COCO data, CHAIR, POPE, the scenes world, the runner and its reports."""

@@ -1,0 +1,1 @@
+"""Methods that re-weight attention or contrast logits, one file each."""

@@ -1,0 +1,17 @@
+"""Attention kernels of vlm_attn and their PyTorch twins, imported as ``vlm_attn.kernels``."""
+
+if __name__ == "kernels":
+    # Python started in the repository root finds this folder before Hugging Face's installed ``kernels``, which
+    # transformers imports. Hand over to the installed one: look for it everywhere but here.
+    import importlib.util as _util
+    import sys as _sys
+    from importlib.machinery import PathFinder as _PathFinder
+    from pathlib import Path as _Path
+
+    _root = _Path(__file__).resolve().parents[1]
+    _spec = _PathFinder.find_spec(__name__, [p for p in _sys.path if _Path(p or ".").resolve() != _root])
+    if _spec is None or _spec.loader is None:
+        raise ModuleNotFoundError("No module named 'kernels'", name="kernels")
+    _module = _util.module_from_spec(_spec)
+    _sys.modules[__name__] = _module
+    _spec.loader.exec_module(_module)

@@ -1,0 +1,1 @@
+"""Selecting, merging and restoring visual tokens."""
