@@ -15,3 +15,18 @@ if __name__ == "kernels":
     _module = _util.module_from_spec(_spec)
     _sys.modules[__name__] = _module
     _spec.loader.exec_module(_module)
+else:
+    from vlm_attn.kernels.edited import Edit, Policy, attention_rows, edited_attention, one_hot_segments
+    from vlm_attn.kernels.groups import Group
+    from vlm_attn.kernels.reference import combine, segmented_attention
+
+    __all__ = [
+        "Edit",
+        "Group",
+        "Policy",
+        "attention_rows",
+        "combine",
+        "edited_attention",
+        "one_hot_segments",
+        "segmented_attention",
+    ]

@@ -1,0 +1,151 @@
+"""Attention whose logits get a bias per group of keys, decided from the mass each group holds.
+
+With ``M[b, s, n]`` the membership of key ``s`` in segment ``n`` and ``p`` the plain attention of a row, an edit is
+
+    mass_n  = sum_s p_s M_sn                      (what the policy sees, as logarithms)
+    w       = exp(policy(log mass))               (one factor per head, row and segment)
+    p'_s    = p_s (M w)_s / sum_s p_s (M w)_s
+
+which is ``softmax(logits + bias)`` with a bias that is constant on every segment. A column of M may hold ``exp(weight)``
+instead of 1 on the keys of a segment: the weighted twin, through which a saliency map enters.
+
+This is the PyTorch path, used on every device so far; ``reference.py`` states the same through log-sum-exps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Policy = Callable[[Tensor], Tensor]
+
+
+class Edit:
+    """One method's edit of one layer: a partition of the keys and the policy that weighs its segments.
+
+    Args:
+        segments: ``[B, P, N]`` float32, membership of the prompt's columns. Column 0 is "everything else".
+        policy: maps log masses ``[B, H, Q, N]`` (float32, ``-inf`` for an empty segment) to log weights of that shape.
+    """
+
+    def __init__(self, segments: Tensor, policy: Policy) -> None:
+        self.segments = segments
+        self.policy = policy
+
+    def over(self, length: int, offset: int | Tensor = 0) -> Tensor:
+        """Membership ``[B, length, N]`` of the keys at columns ``offset .. offset + length - 1``.
+
+        Columns beyond the prompt belong to segment 0. The buffer grows in steps, so that a decode loop seldom pays for it.
+        """
+        if isinstance(offset, Tensor):
+            columns = torch.arange(length, device=self.segments.device) + offset
+            last = self.segments.shape[1] - 1
+            inside = (columns <= last)[None, :, None]
+            rest = torch.zeros_like(self.segments[:, :1])
+            rest[..., 0] = 1.0
+            return torch.where(inside, self.segments[:, columns.clamp(max=last)], rest)
+        missing = offset + length - self.segments.shape[1]
+        if missing > 0:
+            size = self.segments.shape
+            more = self.segments.new_zeros(size[0], max(missing, 64), size[2])
+            more[..., 0] = 1.0
+            self.segments = torch.cat([self.segments, more], dim=1)
+        return self.segments[:, offset : offset + length]
+
+
+def one_hot_segments(ids: Tensor, count: int, twin_of: int | None = None, log_weight: Tensor | None = None) -> Tensor:
+    """Membership matrix of a partition.
+
+    Args:
+        ids: ``[B, S]`` integer segment of every key, in ``0 .. count - 1``.
+        count: number of segments.
+        twin_of: the segment that gets a weighted twin as an extra last column.
+        log_weight: ``[B, S]`` log weight of every key, read on the keys of ``twin_of``.
+
+    Returns:
+        ``[B, S, count]`` float32, or ``[B, S, count + 1]`` with a twin.
+    """
+    segments = torch.nn.functional.one_hot(ids.long(), count).float()
+    if twin_of is None:
+        return segments
+    assert log_weight is not None
+    twin = segments[..., twin_of] * log_weight.float().exp()
+    return torch.cat([segments, twin[..., None]], dim=-1)
+
+
+def attention_rows(
+    query: Tensor, key: Tensor, *, mask: Tensor | None = None, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Attention probabilities of a few rows.
+
+    Args:
+        query: ``[B, H, Q, D]``.
+        key: ``[B, G, S, D]``; H must be a multiple of G (grouped query heads).
+        mask: ``[B or 1, H or 1, Q, S]``, boolean (True = visible) or additive; None = every key is visible.
+        scale: factor on the dot products.
+        softcap: ``cap * tanh(logits / cap)`` before the mask, if given.
+
+    Returns:
+        ``[B, H, Q, S]`` float32. A row without any visible key is all zeros.
+    """
+    batch, heads, rows, dim = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, kv_heads, (heads // kv_heads) * rows, dim)
+    logits = torch.matmul(grouped, key.transpose(2, 3)).float().mul_(scale)
+    logits = logits.view(batch, heads, rows, length)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is None:
+        return torch.softmax(logits, dim=-1)
+    mask = mask[..., :length]
+    if mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    else:
+        # A host's additive mask holds the dtype's minimum for "hidden": make that an exact zero.
+        logits = (logits + mask).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
+    return torch.softmax(logits, dim=-1).nan_to_num(0.0)
+
+
+def edited_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    edits: Sequence[Edit],
+    *,
+    mask: Tensor | None = None,
+    scale: float,
+    softcap: float | None = None,
+    offset: int | Tensor = 0,
+) -> Tensor:
+    """Attention of a few rows under a list of edits. Every policy sees the masses before any edit; weights multiply.
+
+    Args:
+        query: ``[B, H, Q, D]``; meant for Q up to about 64.
+        key: ``[B, G, S, D]``, H a multiple of G.
+        value: ``[B, G, S, D]``.
+        edits: the edits of this layer.
+        mask: see :func:`attention_rows`.
+        scale: factor on the dot products.
+        softcap: see :func:`attention_rows`.
+        offset: column of the first key (sliding-window caches drop the oldest keys).
+
+    Returns:
+        ``[B, H, Q, D]`` in the dtype of ``value``.
+    """
+    batch, heads, rows, _ = query.shape
+    kv_heads, length, dim = value.shape[1:]
+    if heads % kv_heads:
+        raise ValueError(f"query has {heads} heads, which is no multiple of the {kv_heads} heads of key and value")
+    plain = attention_rows(query, key, mask=mask, scale=scale, softcap=softcap)
+    flat = plain.view(batch, heads * rows, length)
+    probability = flat
+    for edit in edits:
+        segments = edit.over(length, offset)
+        log_mass = torch.matmul(flat, segments).log().view(batch, heads, rows, -1)
+        weight = edit.policy(log_mass).exp().view(batch, heads * rows, -1)
+        probability = probability * torch.matmul(weight, segments.transpose(1, 2))
+    probability = probability / probability.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    grouped = probability.to(value.dtype).view(batch, kv_heads, (heads // kv_heads) * rows, length)
+    return torch.matmul(grouped, value).view(batch, heads, rows, dim)

@@ -1,0 +1,139 @@
+"""What the engine must know of a model family, as a table.
+
+A family that is not in the table still works if its text model, image token and decoder layers can be found by the general
+rules; its images then have no grid (``[1, n]``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_attn.layout import ImageSpan, Span
+
+# (config, call inputs, row-major index of the image, tokens of the run) -> grid and index of its first token
+Grid = tuple[tuple[int, int], int]
+GridRule = Callable[[Any, Mapping[str, Any], int, int], Grid]
+
+
+def _no_grid(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
+    return (1, tokens), 0
+
+
+def _square(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
+    """One square grid; the last square of several tiles (their overview) if there are more tokens than one tile's."""
+    side = round(tokens**0.5)
+    return ((side, side), 0) if side * side == tokens else ((1, tokens), 0)
+
+
+def _llava(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
+    sizes = inputs.get("image_sizes")
+    if sizes is not None:  # Pixtral towers keep the aspect ratio
+        patch = config.vision_config.patch_size
+        h, w = (int(v) // patch for v in sizes[image])
+        if h * w == tokens:
+            return (h, w), 0
+    return _square(config, inputs, image, tokens)
+
+
+def _overview_first(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
+    """LLaVA-NeXT: the whole picture on a g x g grid, then the high-resolution rows. The first grid is the picture."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return ((side, side), 0) if side * side <= tokens else ((1, tokens), 0)
+
+
+def _thw(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
+    """Qwen-VL: ``image_grid_thw`` in patches, merged ``spatial_merge_size`` x ``spatial_merge_size``."""
+    grids = inputs.get("image_grid_thw")
+    if grids is None:
+        return (1, tokens), 0
+    merge = config.vision_config.spatial_merge_size
+    t, h, w = (int(v) for v in grids[image])
+    h, w = h // merge, w // merge
+    return ((t * h, w), 0) if t * h * w == tokens else ((1, tokens), 0)
+
+
+def _tiles(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
+    """InternVL: square tiles; of several, the last is the overview of the whole picture."""
+    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    size, patch = (v[0] if isinstance(v, Sequence) else v for v in (size, patch))
+    side = int(size // patch * config.downsample_ratio)
+    return ((side, side), tokens - side * side) if side * side <= tokens else ((1, tokens), 0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts of one model family.
+
+    Attributes:
+        grid: how an image's tokens form a picture.
+        tokens_per_image: tokens of one image, to split images that stand side by side; None = one run, one image.
+        prefix_lm: prompt rows see the whole prompt, so the last token is run again instead of being split off.
+    """
+
+    grid: GridRule = _no_grid
+    tokens_per_image: Callable[[Any, Mapping[str, Any]], int | None] | None = None
+    prefix_lm: bool = False
+
+
+def _clip_tokens(config: Any, inputs: Mapping[str, Any]) -> int | None:
+    if inputs.get("image_sizes") is not None:
+        return None
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return side * side + (getattr(config, "vision_feature_select_strategy", "default") != "default")
+
+
+# Model type -> facts. Adding a family is one row.
+FAMILIES: dict[str, Family] = {
+    "llava": Family(grid=_llava, tokens_per_image=_clip_tokens),
+    "llava_next": Family(grid=_overview_first),
+    "qwen2_vl": Family(grid=_thw),
+    "qwen2_5_vl": Family(grid=_thw),
+    "internvl": Family(grid=_tiles),
+    "gemma3": Family(grid=_square),
+    "paligemma": Family(grid=_square, tokens_per_image=_clip_tokens, prefix_lm=True),
+}
+
+
+def family_of(config: Any) -> Family:
+    """The table's row for a model's config, or the general one."""
+    return FAMILIES.get(config.model_type, Family())
+
+
+def image_token_ids(config: Any) -> tuple[int, ...]:
+    """Ids that stand for image tokens in a prompt.
+
+    Raises:
+        NotImplementedError: the config names none (image tokens do not stand in the prompt of this family).
+    """
+    found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index", "image_patch_id")]
+    ids = tuple(dict.fromkeys(int(i) for i in found if isinstance(i, int)))
+    if not ids:
+        raise NotImplementedError(
+            f"model type {config.model_type!r}: its config has no image_token_id, so the image's columns cannot be found"
+        )
+    return ids
+
+
+def split_images(
+    config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[str, Any]
+) -> tuple[ImageSpan, ...]:
+    """Images of a batch from the runs of image tokens of its rows.
+
+    Args:
+        config: the model's config.
+        spans: per row, the half-open runs of image tokens.
+        inputs: the call's inputs (``image_sizes``, ``image_grid_thw`` ... where given).
+    """
+    family = family_of(config)
+    size = family.tokens_per_image(config, inputs) if family.tokens_per_image else None
+    images: list[ImageSpan] = []
+    for row, row_spans in enumerate(spans):
+        for start, stop in row_spans:
+            whole = size is not None and (stop - start) % size == 0
+            step = size if whole and size is not None else stop - start
+            for first in range(start, stop, step):
+                grid, offset = family.grid(config, inputs, len(images), step)
+                images.append(ImageSpan(row, first, first + step, grid, offset))
+    return tuple(images)
