@@ -61,7 +61,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         records = list(enumerate(read_json(path), start=1))
     else:
         records = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
             try:
@@ -183,9 +183,7 @@ class CocoDataset:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder}: no such folder (expected one with annotations/instances*.json)"
-            )
+            raise FileNotFoundError(f"{folder}: no such folder (it needs annotations/instances*.json)")
         splits = list(LAYOUTS) if split is None else [split]
         if split is not None and split not in LAYOUTS:
             raise ValueError(f"split {split!r}: expected one of {', '.join(filter(None, LAYOUTS))}")
@@ -206,7 +204,7 @@ class CocoDataset:
         for file, content in ((instances_file, instances), (captions_file, captions)):
             if content is not None and not isinstance(content, dict):
                 raise ValueError(
-                    f"{file}: expected a JSON object in COCO's format, got {type(content).__name__}"
+                    f"{file}: not COCO's format: expected an object, got {type(content).__name__}"
                 )
         try:
             return cls(

@@ -1,0 +1,73 @@
+"""Means with 95 % intervals: a percentile bootstrap over images.
+
+All figures of CHAIR and POPE are ratios of sums (CHAIR_I = hallucinated mentions / mentions), or a mean of
+such ratios. The image is the unit that is drawn again: questions about one image are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_attn.evals._extras import require
+
+Metric = dict[str, float | None]
+
+
+def mean_of_ratios(
+    pairs: Sequence[tuple[Sequence[float], Sequence[float]]],
+    *,
+    scale: float = 1.0,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Metric:
+    """Mean over pairs of ``sum(numerator) / sum(denominator)``, with a bootstrap interval.
+
+    Args:
+        pairs: (numerator, denominator) per image; every column holds one entry for each image.
+        scale: factor on the value and its interval, for example 100 for percent.
+        confidence: level of the interval.
+        resamples: how many times the images are drawn again.
+        seed: of the drawing; the same seed gives the same interval.
+
+    Returns:
+        ``{"value", "low", "high"}``. A ratio over nothing counts as 0. The interval is None for fewer than
+        two images.
+    """
+    columns = [np.asarray(column, dtype=float) for pair in pairs for column in pair]
+
+    def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
+        sums = [column.sum(axis=axis) for column in columns]
+        ratios = [
+            np.divide(top, bottom, out=np.zeros_like(bottom), where=bottom != 0)
+            for top, bottom in zip(map(np.asarray, sums[::2]), map(np.asarray, sums[1::2]), strict=True)
+        ]
+        return scale * np.mean(ratios, axis=0)
+
+    value = float(statistic(*columns)) if columns and columns[0].size else 0.0
+    if not columns or columns[0].size < 2:
+        return {"value": value, "low": None, "high": None}
+    interval = (
+        require("scipy.stats")
+        .bootstrap(
+            columns,
+            statistic,
+            n_resamples=resamples,
+            batch=200,  # bounds the memory: 200 x images x columns numbers at a time
+            paired=True,
+            vectorized=True,
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+        .confidence_interval
+    )
+    return {"value": value, "low": float(interval.low), "high": float(interval.high)}
+
+
+def ratio(top: Sequence[float], bottom: Sequence[float], **options: Any) -> Metric:
+    """``sum(top) / sum(bottom)`` over images with a bootstrap interval: see `mean_of_ratios`."""
+    return mean_of_ratios([(top, bottom)], **options)
