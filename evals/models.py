@@ -1,0 +1,105 @@
+"""Load a vision-language model and its processor by one name: ``scenes``, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+SCENES = "scenes"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def pick_device(device: str = "auto") -> str:
+    """The device to run on; ``auto``: the first of CUDA, Apple's GPU and the CPU that is there.
+
+    Raises:
+        ValueError: not a device, or one that this machine does not have.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {_first_line(error)}") from error
+    if kind == "meta":
+        raise ValueError("device 'meta' holds no numbers: choose cpu or cuda")
+    return device
+
+
+def load_model(
+    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load a model for generation, and its processor with padding on the left.
+
+    Args:
+        name: ``"scenes"`` for the bundled model, else a folder or a hub id that
+            ``AutoModelForImageTextToText`` loads. Only safetensors weights are read.
+        device: ``"auto"``, or a torch device such as ``"cpu"`` or ``"cuda:1"``.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; ``"auto"``: float32 on a CPU, else what the
+            checkpoint was saved in.
+        trust_remote_code: let the checkpoint run code of its own.
+
+    Returns:
+        ``(model, processor)``.
+
+    Raises:
+        ValueError: unknown device or dtype, or a name that is neither a model folder nor a model on the hub.
+        FileNotFoundError: the bundled model is not in this installation.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    device = pick_device(device)
+    source = name
+    if name == SCENES:
+        from vlm_attn.evals.scenes import model_path
+
+        source = str(model_path())
+    elif (folder := Path(name).expanduser()).exists():
+        source = str(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model {name!r}: this folder has no config.json, so it is not a saved model")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"model {name!r}: no such folder")
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        processor = AutoProcessor.from_pretrained(source, **options)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=wanted, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model {name!r} cannot be loaded: {_first_line(error)} "
+            f"(expected {SCENES!r}, a folder made by save_pretrained, or a hub id such as "
+            "'llava-hf/llava-1.5-7b-hf')"
+        ) from error
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or not hasattr(processor, "image_processor"):
+        raise ValueError(f"model {name!r}: its processor does not take both text and images")
+    tokenizer.padding_side = "left"  # a row's answer has to follow its prompt without a gap
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), processor
+
+
+def weights_hash(model: Any) -> str:
+    """A short hash over a few numbers of every parameter: tells whether two runs used the same weights."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if parameter.device.type != "meta":
+            digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,74 @@
+"""From pictures and texts to model inputs and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+#: For processors without a chat template: the manner of LLaVA-1.5.
+PLAIN_TEMPLATE = "USER: {image}\n{text} ASSISTANT:"
+
+
+def chat_prompt(processor: Any, text: str) -> str:
+    """The prompt string of one image and one user text, up to where the answer begins."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    return PLAIN_TEMPLATE.format(image=getattr(processor, "image_token", "<image>"), text=text)
+
+
+def build_inputs(model: Any, processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
+    """Inputs of ``model.generate`` for a batch of (image, text) pairs, with the model's device and dtype.
+
+    Args:
+        model: gives device and dtype.
+        processor: the model's; padding comes on the side its tokenizer says.
+        images: one picture per row.
+        texts: one user text per row.
+
+    Raises:
+        ValueError: not as many texts as images.
+    """
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images but {len(texts)} texts: one of each per row is needed")
+    inputs = processor(
+        images=[[image] for image in images],
+        text=[chat_prompt(processor, text) for text in texts],
+        padding=True,
+        return_tensors="pt",
+    )
+    return inputs.to(model.device, model.dtype)
+
+
+def generate(
+    model: Any, processor: Any, images: Sequence[Image.Image], texts: Sequence[str], max_new_tokens: int
+) -> tuple[list[str], int]:
+    """Greedy answers to a batch of (image, text) pairs.
+
+    Returns:
+        the answers, stripped of special tokens and outer white space, and how many tokens were generated
+        (padding after a finished row not counted).
+    """
+    import torch
+
+    inputs = build_inputs(model, processor, images, texts)
+    tokenizer = processor.tokenizer
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            # Sampling settings that a checkpoint brings along would only cause warnings here.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    new = output[:, inputs["input_ids"].shape[1] :]
+    answers = processor.batch_decode(new, skip_special_tokens=True)
+    return [answer.strip() for answer in answers], int((new != tokenizer.pad_token_id).sum())

@@ -1,0 +1,284 @@
+"""Run methods over an evaluation: resumable, one line per sample, one JSON of results.
+
+Batches are cut from the full ordered list of samples, and whole batches are what is written and resumed, so a
+resumed run equals a plain one in everything but the ``environment`` field (time, host).
+
+A results folder holds
+
+* ``samples.jsonl``: one line per sample and method: ``method``, ``sample`` (place in the list), ``image_id``,
+  ``answer``, ``score`` and facts of the sample; lines are flushed to disk batch by batch;
+* ``results.json``: ``schema_version, status, eval, config, versions, counts, metrics, environment``; metrics
+  are ``{"value", "low", "high"}`` with 95 % intervals, percentages in percent.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vlm_attn.evals.models import weights_hash
+from vlm_attn.evals.prompts import generate
+from vlm_attn.evals.specs import MethodSpec
+from vlm_attn.evals.tasks import Task, image_ids_hash
+
+SCHEMA_VERSION = 1
+SCENES_NOTE = "These numbers come from the scenes world of this package, not from COCO."
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file whole or not at all: to a temporary file beside it, then rename.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    _replace(Path(path), text)
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides about the numbers."""
+    from importlib.metadata import version
+
+    names = ("vlm-attn", "torch", "transformers", "numpy", "pillow")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+class _Store:
+    """The results folder: what is finished, and how more is added. Without a folder: a list in memory."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.records: list[dict[str, Any]] = []
+
+    def resume(
+        self, config: dict[str, Any], expected: Sequence[tuple[str, int]], batch: Sequence[int]
+    ) -> None:
+        """Load what an earlier run with the same config finished.
+
+        Args:
+            config: of this run.
+            expected: (method, sample) of every line of a complete run, in order.
+            batch: for every prefix length that is a whole number of batches, that length.
+
+        Raises:
+            ValueError: the folder holds another run.
+        """
+        if self.folder is None:
+            return
+        results, samples = self.folder / "results.json", self.folder / "samples.jsonl"
+        if not results.exists():
+            if samples.exists():
+                raise ValueError(
+                    f"{self.folder}: has samples.jsonl but no results.json; choose another --out"
+                )
+            return
+        try:
+            earlier = json.loads(results.read_text(encoding="utf-8"))["config"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{results}: not a results file of vlm-attn; choose another --out") from error
+        wanted = json.loads(json.dumps(config))
+        changed = sorted(key for key in earlier.keys() | wanted.keys() if earlier.get(key) != wanted.get(key))
+        if changed:
+            was, now = (str(config.get(changed[0]))[:60] for config in (earlier, wanted))
+            raise ValueError(
+                f"{self.folder} holds a run with another {', '.join(changed)} "
+                f"({changed[0]}: {was}, now {now}); choose another --out"
+            )
+        records = []
+        for line in (
+            samples.read_text(encoding="utf-8", errors="replace").split("\n") if samples.exists() else []
+        ):
+            try:
+                record = json.loads(line)
+                key = (record["method"], record["sample"])
+            except (json.JSONDecodeError, KeyError, TypeError):
+                break  # the last line of a killed run, or the end of the file
+            if len(records) == len(expected) or key != tuple(expected[len(records)]):
+                raise ValueError(f"{samples}, line {len(records) + 1}: not of this run; choose another --out")
+            records.append(record)
+        whole = max(size for size in batch if size <= len(records))
+        self.records = records[:whole]
+        if samples.exists():
+            _replace(samples, "".join(_line(record) for record in self.records))
+
+    def append(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add the records of a finished batch, on disk before this returns."""
+        if self.folder is not None:
+            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                file.write("".join(_line(record) for record in records))
+                file.flush()
+                os.fsync(file.fileno())
+        self.records.extend(records)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def run(
+    task: Task,
+    specs: Sequence[MethodSpec],
+    model: Any,
+    processor: Any,
+    *,
+    model_name: str,
+    seed: int = 0,
+    batch_size: int = 8,
+    out: str | Path | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate every method on a task and return the content of ``results.json``.
+
+    Ctrl-C ends the run early: what is finished is scored, written and returned with status ``interrupted``.
+    The same call later goes on where it stopped.
+
+    Args:
+        task: from `vlm_attn.evals.tasks`.
+        specs: the methods, each one a run over all samples.
+        model: the plain model; it is patched for each run and given back as it was.
+        processor: the model's.
+        model_name: what results call it.
+        seed: recorded; the task has already used it.
+        batch_size: rows of one ``generate`` call.
+        out: results folder, made if needed; None: nothing is written.
+        progress: called with (method label, number of samples just finished), at first with what an earlier
+            run had finished.
+
+    Raises:
+        ValueError: ``out`` holds a run with another config.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    folder = Path(out) if out is not None else None
+    config = {
+        "eval": task.name,
+        "model": model_name,
+        "weights": weights_hash(model),
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "methods": {spec.label: spec.describe() for spec in specs},
+        "data": task.dataset.name,
+        "images": len(task.image_ids),
+        "image_ids_sha256": image_ids_hash(task.image_ids),
+        "seed": seed,
+        "batch_size": batch_size,
+        "max_new_tokens": task.max_new_tokens,
+        "decoding": "greedy",
+        **task.config,
+    }
+    size = len(task.samples)
+    starts = range(0, size, batch_size)
+    expected = [(spec.label, place) for spec in specs for place in range(size)]
+    whole = [
+        row * size + end
+        for row in range(len(specs))
+        for end in [0, *(min(start + batch_size, size) for start in starts)]
+    ]
+    store = _Store(folder)
+    store.resume(config, expected, whole)
+    clock = time.perf_counter()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    speed: dict[str, dict[str, float]] = {}
+
+    def results(status: str) -> dict[str, Any]:
+        finished = {s.label: [r for r in store.records if r["method"] == s.label] for s in specs}
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "status": status,
+            "eval": task.name,
+            "config": config,
+            "versions": versions(),
+            "counts": {"samples": size, "finished": {k: len(v) for k, v in finished.items()}},
+            "metrics": {label: task.summarise(rows) for label, rows in finished.items() if rows},
+            "environment": {
+                "started": started,
+                "seconds": round(time.perf_counter() - clock, 3),
+                "speed": speed,
+                "platform": platform.platform(),
+                "device": _device_name(model),
+            },
+        }
+        if task.dataset.name.startswith("scenes"):
+            content["note"] = SCENES_NOTE
+        if folder is not None:
+            write_json(folder / "results.json", content)
+        return content
+
+    if len(store.records) < len(expected) and folder is not None:
+        results("running")
+    status = "failed"
+    load_image = functools.lru_cache(maxsize=2 * batch_size)(task.dataset.load_image)
+    try:
+        for row, spec in enumerate(specs):
+            done = min(max(len(store.records) - row * size, 0), size)
+            if progress is not None:
+                progress(spec.label, done)
+            if done == size:
+                continue
+            with spec.applied(model, processor):
+                begin, tokens = time.perf_counter(), 0
+                for start in range(done, size, batch_size):
+                    batch = task.samples[start : start + batch_size]
+                    answers, count = generate(
+                        model,
+                        processor,
+                        [load_image(sample.image_id) for sample in batch],
+                        [sample.prompt for sample in batch],
+                        task.max_new_tokens,
+                    )
+                    tokens += count
+                    store.append(
+                        [
+                            {
+                                "method": spec.label,
+                                "sample": start + offset,
+                                "image_id": sample.image_id,
+                                **sample.facts,
+                                "answer": answer,
+                                "score": task.score(sample, answer),
+                            }
+                            for offset, (sample, answer) in enumerate(zip(batch, answers, strict=True))
+                        ]
+                    )
+                    seconds = time.perf_counter() - begin
+                    speed[spec.label] = {"samples": start + len(batch) - done, "seconds": round(seconds, 3)}
+                    speed[spec.label]["tokens_per_second"] = round(tokens / seconds, 1)
+                    if progress is not None:
+                        progress(spec.label, len(batch))
+        status = "complete"
+    except KeyboardInterrupt:
+        status = "interrupted"
+    finally:
+        # Also after an error: what is finished stays readable, and the same command can go on.
+        content = results(status)
+    return content
+
+
+def _device_name(model: Any) -> str:
+    import torch
+
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"{model.device.type} ({torch.get_num_threads()} threads)"

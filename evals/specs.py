@@ -1,0 +1,119 @@
+"""Methods as the command line names them: ``baseline``, ``gift``, ``var+gift``, and ``gift.alpha=4``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One run of an evaluation.
+
+    Args:
+        label: what it is called, for example ``"var+gift"``.
+        names: the methods to patch with, in order; empty for the plain model.
+        params: method name -> parameters that differ from its defaults.
+    """
+
+    label: str
+    names: tuple[str, ...] = ()
+    params: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def build(self) -> list[Any]:
+        """Method instances, in order.
+
+        Raises:
+            ValueError, TypeError: unknown method or parameter, or a value outside its range.
+        """
+        from vlm_attn import registry
+
+        return [registry.build(name, **self.params.get(name, {})) for name in self.names]
+
+    def applied(self, model: Any, processor: Any) -> contextlib.AbstractContextManager[Any]:
+        """Context in which the model is patched with this spec; does nothing for the baseline."""
+        if not self.names:
+            return contextlib.nullcontext(model)
+        import vlm_attn
+
+        return vlm_attn.patched(model, self.build(), processor=processor)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Names and all parameters, defaults included, as plain data for a results file."""
+        return [
+            {
+                "name": name,
+                "params": _plain(method) if dataclasses.is_dataclass(method) else self.params.get(name, {}),
+            }
+            for name, method in zip(self.names, self.build(), strict=True)
+        ]
+
+
+def _plain(method: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(method), default=str))
+
+
+def unknown(kind: str, value: str, known: Sequence[str]) -> ValueError:
+    """An error for a name that is not known, with the nearest known one."""
+    near = difflib.get_close_matches(value, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {kind} {value!r}{hint} (known: {', '.join(known)})")
+
+
+def parse_value(text: str) -> Any:
+    """A parameter's value: JSON if it is, else the text itself; lists become tuples."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return tuple(value) if isinstance(value, list) else value
+
+
+def parse_specs(methods: Sequence[str], params: Sequence[str] = ()) -> list[MethodSpec]:
+    """Runs from ``--method`` and ``--param`` values.
+
+    Args:
+        methods: ``"baseline"``, a method's name, or several joined by ``+``; the same label twice is one run.
+        params: ``"method.parameter=value"``; set in every run that has the method.
+
+    Raises:
+        ValueError: an unknown method, a parameter that is malformed or belongs to no run, or a value out of
+            range.
+        TypeError: an unknown parameter.
+    """
+    import vlm_attn
+
+    known = [BASELINE, *vlm_attn.methods()]
+    runs = {label: tuple(label.split("+")) for label in methods}
+    for names in runs.values():
+        for name in names:
+            if name not in known:
+                raise unknown("method", name, known)
+        if BASELINE in names and len(names) > 1:
+            raise ValueError(f"method {'+'.join(names)!r}: {BASELINE} is the plain model, nothing adds to it")
+    used = {name for names in runs.values() for name in names} - {BASELINE}
+    values: dict[str, dict[str, Any]] = {}
+    for text in params:
+        key, equals, value = text.partition("=")
+        method, dot, parameter = key.strip().partition(".")
+        if not (equals and dot and method and parameter):
+            raise ValueError(f"--param {text!r}: expected METHOD.PARAMETER=VALUE, for example gift.alpha=4")
+        if method not in known or method == BASELINE:
+            raise unknown("method", method, [name for name in known if name != BASELINE])
+        if method not in used:
+            raise ValueError(f"--param {text!r}: no run uses {method}; add --method {method}")
+        values.setdefault(method, {})[parameter] = parse_value(value)
+    specs = [
+        MethodSpec(label, () if names == (BASELINE,) else names, {n: values[n] for n in names if n in values})
+        for label, names in runs.items()
+    ]
+    for spec in specs:
+        spec.build()  # wrong parameters show now, not after the model is loaded
+    return specs

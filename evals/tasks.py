@@ -1,0 +1,199 @@
+"""What an evaluation asks and how it scores the answers: a list of samples and two functions."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlm_attn.evals import chair, pope
+from vlm_attn.evals._extras import require
+from vlm_attn.evals.coco import CocoDataset
+
+DEFAULT_IMAGES = 500  # of both protocols
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one image; ``facts`` go into the sample's record as they are."""
+
+    image_id: int
+    prompt: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An evaluation.
+
+    Args:
+        name: ``"pope"`` or ``"chair"``.
+        dataset: where the pictures come from.
+        samples: the full ordered list; batches are cut from it.
+        max_new_tokens: length limit of an answer.
+        config: what a reader needs to know to repeat it.
+        score: (sample, answer) -> the answer's score.
+        summarise: records of one method (facts, ``image_id``, ``answer``, ``score``) -> metrics.
+    """
+
+    name: str
+    dataset: CocoDataset
+    samples: Sequence[Sample]
+    max_new_tokens: int
+    config: Mapping[str, Any]
+    score: Callable[[Sample, str], dict[str, Any]]
+    summarise: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
+    @property
+    def image_ids(self) -> list[int]:
+        """The images asked about, each once, in order."""
+        return list(dict.fromkeys(sample.image_id for sample in self.samples))
+
+
+def image_ids_hash(image_ids: Sequence[int]) -> str:
+    """SHA-256 over a list of image ids: two results with the same hash used the same images in one order."""
+    return hashlib.sha256(",".join(map(str, image_ids)).encode()).hexdigest()
+
+
+def pope_task(
+    dataset: CocoDataset,
+    *,
+    questions: Sequence[pope.Question] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    parser: str = "official",
+    prompt: str = "{question}",
+    max_new_tokens: int = 10,
+) -> Task:
+    """POPE on a dataset.
+
+    A question that several splits share is asked once and counts in each of them.
+
+    Args:
+        dataset: the images.
+        questions: from official files; default: built from the dataset (`pope.build_questions`).
+        limit: number of images (default 500).
+        seed: of the drawing of images and negatives.
+        parser: one of `pope.PARSERS`.
+        prompt: what the model is asked, with ``{question}`` in it.
+        max_new_tokens: length limit of an answer.
+
+    Raises:
+        ValueError: an unknown parser, a prompt without ``{question}``, or no question about an image of the
+            dataset.
+    """
+    require("scipy")  # now, not after hours of generating
+    parse = pope.get_parser(parser)
+    if "{question}" not in prompt:
+        raise ValueError(f"prompt {prompt!r}: a POPE prompt needs {{question}} in it")
+    skipped = 0
+    source = "built"
+    if questions is None:
+        questions = pope.build_questions(dataset, images=limit or DEFAULT_IMAGES, seed=seed)
+    else:
+        source = "official file"
+        known = set(dataset.image_ids)
+        inside = [question for question in questions if question.image_id in known]
+        if not inside:
+            raise ValueError(
+                f"none of the {len(questions)} POPE questions is about an image of {dataset.name} "
+                f"(first: image {questions[0].image_id})"
+            )
+        skipped, questions = len(questions) - len(inside), inside
+        images = list(dict.fromkeys(question.image_id for question in questions))[:limit]
+        questions = [question for question in questions if question.image_id in set(images)]
+
+    splits: dict[tuple[int, str, str], list[str]] = {}
+    for question in questions:
+        splits.setdefault((question.image_id, question.text, question.label), []).append(question.split)
+    order = {image: place for place, image in enumerate(dict.fromkeys(q.image_id for q in questions))}
+    samples = [
+        Sample(image, prompt.replace("{question}", text), {"question": text, "label": label, "splits": names})
+        for (image, text, label), names in sorted(splits.items(), key=lambda item: order[item[0][0]])
+    ]
+
+    def score(sample: Sample, answer: str) -> dict[str, Any]:
+        prediction = parse(answer, sample.facts["label"])
+        return {
+            "prediction": prediction,
+            "correct": prediction == sample.facts["label"],
+            "unparsed": pope.is_unparsed(answer),
+        }
+
+    def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return pope.summarise(
+            [
+                {**record, "split": split, "prediction": record["score"]["prediction"]}
+                for record in records
+                for split in record["splits"]
+            ]
+        )
+
+    config = {
+        "prompt": prompt,
+        "parser": parser,
+        "questions": source,
+        "questions_asked": len(questions),
+        "questions_skipped": skipped,
+        "splits": list(dict.fromkeys(question.split for question in questions)),
+    }
+    return Task("pope", dataset, samples, max_new_tokens, config, score, summarise)
+
+
+def chair_task(
+    dataset: CocoDataset,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    prompt: str = chair.PROMPT,
+    variant: str | None = None,
+    max_new_tokens: int = 512,
+) -> Task:
+    """CHAIR on a dataset.
+
+    Args:
+        dataset: the images.
+        limit: number of images, drawn by the seed (default 500).
+        seed: of the drawing.
+        prompt: what the model is asked.
+        variant: ground truth of the headline figures: ``instances`` or ``instances+captions``; default:
+            `chair.default_variant`. The other variant is reported as well where captions exist.
+        max_new_tokens: length limit of a caption.
+
+    Raises:
+        ValueError: unknown variant, or ``instances+captions`` for a dataset without captions.
+    """
+    for library in ("scipy", "simplemma"):
+        require(library)  # now, not after hours of generating
+    has_captions = bool(dataset.captions and dataset.captions["annotations"])
+    variant = variant or chair.default_variant(dataset)
+    if variant not in chair.VARIANTS:
+        raise ValueError(f"variant {variant!r}: expected one of {', '.join(chair.VARIANTS)}")
+    if variant == "instances+captions" and not has_captions:
+        raise ValueError(f"{dataset.name} has no reference captions: use the variant 'instances'")
+    ids = dataset.image_ids
+    if not ids:
+        raise ValueError(f"{dataset.name}: holds no images")
+    drawn = random.Random(seed).sample(ids, min(limit or DEFAULT_IMAGES, len(ids)))
+    vocabulary = chair.coco_vocabulary()
+    variants = chair.VARIANTS if has_captions else ("instances",)
+
+    def score(sample: Sample, answer: str) -> dict[str, Any]:
+        return vocabulary.score(answer, vocabulary.truth(dataset, sample.image_id, variant))
+
+    def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {
+            name: chair.summarise(
+                [
+                    vocabulary.score(r["answer"], vocabulary.truth(dataset, r["image_id"], name))
+                    for r in records
+                ]
+            )
+            for name in sorted(variants, key=lambda name: name != variant)
+        }
+
+    samples = [Sample(image, prompt) for image in drawn]
+    config = {"prompt": prompt, "parser": "coco_objects", "variant": variant}
+    return Task("chair", dataset, samples, max_new_tokens, config, score, summarise)
