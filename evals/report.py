@@ -1,0 +1,66 @@
+"""Results as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+COLUMNS = {
+    "pope": {
+        "accuracy": "accuracy",
+        "precision": "precision",
+        "recall": "recall",
+        "f1": "F1",
+        "yes_ratio": "says yes",
+    },
+    "chair": {
+        "chair_s": "CHAIR_S ↓",
+        "chair_i": "CHAIR_I ↓",
+        "recall": "recall ↑",
+        "precision": "precision ↑",
+        "f1": "F1 ↑",
+        "length": "length",
+    },
+}
+
+
+def results_table(results: Mapping[str, Any]) -> Group:
+    """A table per split (POPE) or ground truth (CHAIR): one row per method, 95 % intervals below the values."""
+    config, counts, columns = results["config"], results["counts"], COLUMNS[results["eval"]]
+    pope = results["eval"] == "pope"
+    groups = list(dict.fromkeys(group for metrics in results["metrics"].values() for group in metrics))
+    if pope and len(groups) == 2:
+        groups.remove("mean")  # of one split: the same again
+    tables = []
+    for group in groups:
+        table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column({"mean": "mean of the splits"}.get(group, group), style="bold", overflow="fold")
+        for title in columns.values():
+            table.add_column(title, justify="right", no_wrap=True)
+        if pope:
+            table.add_column("unparsed", justify="right", no_wrap=True)
+        for label, metrics in results["metrics"].items():
+            finished, asked = counts["finished"][label], counts["samples"]
+            part = "" if finished == asked else f"\n{finished} of {asked} done"
+            cells = [_cell(metrics[group][column]) for column in columns]
+            if pope:
+                cells.append(str(metrics[group]["unparsed"]))
+            table.add_row(label + part, *cells)
+        tables.append(table)
+    title = f"{results['eval'].upper()} of {config['model']} on {config['data']}, {config['images']} images"
+    legend = "In percent, with the 95 % bootstrap interval over images."
+    if not pope:
+        legend += " Length in tokens. ↓ lower is better."
+    return Group(Text(title, style="bold"), *tables, Text(legend, style="dim"))
+
+
+def _cell(metric: Mapping[str, float | None]) -> str:
+    if metric["low"] is None:
+        return f"{metric['value']:.1f}"
+    low, high = (f"{metric[end]:.1f}".replace("100.0", "100") for end in ("low", "high"))
+    return f"{metric['value']:.1f}\n[dim]{low}–{high}[/dim]"

@@ -1,0 +1,548 @@
+"""The command line: ``vlm-attn methods | caption | eval | score | bench | doctor``.
+
+This module imports only typer when it is loaded, so that help is quick; torch, the evaluations and everything
+above this package are imported by name when a command runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+#: Errors that a user can cause and mend: one line, exit code 2.
+USER_ERRORS = (ValueError, TypeError, NotImplementedError, ImportError, OSError)
+_debug = False
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns the errors a user can cause into one line on stderr and exit code 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run; see `typer.core.TyperGroup.main`."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        global _debug
+        _debug = False
+        try:
+            sys.exit(super().main(*args, standalone_mode=False, **kwargs) or 0)
+        except typer.Abort:
+            sys.exit(130)
+        except Exception as error:
+            usage = hasattr(error, "format_message")  # click's own: unknown option, missing argument
+            memory = type(error).__name__ == "OutOfMemoryError"
+            if _debug or not (usage or memory or isinstance(error, USER_ERRORS)):
+                raise
+            message = error.format_message() if hasattr(error, "format_message") else str(error)
+            hint = " (a smaller --batch-size needs less memory)" if memory else ""
+            typer.echo(f"Error: {' '.join(message.split()) or type(error).__name__}{hint}", err=True)
+            sys.exit(2)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="vlm-attn",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Make vision-language models hallucinate less, without training.",
+)
+
+
+class EvalName(StrEnum):
+    """The evaluations there are."""
+
+    pope = "pope"
+    chair = "chair"
+
+
+def _evals(module: str) -> Any:
+    return importlib.import_module(f"vlm_attn.evals.{module}")
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _version(value: bool) -> None:
+    if value:
+        import vlm_attn
+
+        typer.echo(f"vlm-attn {vlm_attn.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="[b]scenes[/b] (the small bundled model, no download), a folder, or a hub id such as "
+        "llava-hf/llava-1.5-7b-hf.",
+    ),
+]
+Method = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        help="A run: a method's name, [b]baseline[/b] for the plain model, or [b]var+gift[/b] for two "
+        "together. Repeat it to compare.",
+    ),
+]
+Param = Annotated[
+    list[str] | None,
+    typer.Option("--param", help="Set a method's parameter, for example [b]gift.alpha=4[/b]. Repeats."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its code.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="what the task needs")
+]
+
+
+def _quiet_libraries() -> None:
+    """Keep loading bars and notices of the libraries out of our own output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on standard output.")] = False,
+) -> None:
+    """List the methods there are, with what they do and where they come from.
+
+    Example: [b]vlm-attn methods[/b]
+    """
+    import vlm_attn
+
+    rows = [
+        {"name": name, "summary": entry.summary, "paper": entry.paper}
+        for name, entry in sorted(vlm_attn.methods().items())
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    table = Table("Method", "What it does", "Paper")
+    table.add_row("baseline", "the plain model", "")
+    for row in rows:
+        table.add_row(row["name"], row["summary"], row["paper"])
+    _console().print(table)
+
+
+def _open_images(names: Sequence[str]) -> list[tuple[str, Any, list[str] | None]]:
+    """(name, picture, objects in it where known) of files and of scenes such as ``scenes:validation/3``."""
+    opened = []
+    for name in names:
+        if name.startswith("scenes:"):
+            split, slash, index = name.removeprefix("scenes:").partition("/")
+            if not slash or not index.isdecimal():
+                raise ValueError(f"image {name!r}: expected scenes:SPLIT/NUMBER, such as scenes:validation/3")
+            world = _evals("scenes")
+            try:
+                scene = world.scene(split, int(index))
+            except (ValueError, IndexError) as error:
+                raise ValueError(f"image {name!r}: {error}") from error
+            opened.append((name, world.render(scene), scene.categories))
+        else:
+            opened.append((name, _evals("coco").open_image(name), None))
+    return opened
+
+
+@app.command()
+def caption(
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE...", help="Picture files; [b]scenes:validation/3[/b] is a drawn scene to try."),
+    ],
+    model: Model = "scenes",
+    method: Method = None,
+    param: Param = None,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "Please describe this image in detail.",
+    max_new_tokens: MaxNewTokens = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write captions here; - is the screen.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Describe images, by default once with the plain model and once with gift.
+
+    Example: [b]vlm-attn caption scenes:validation/3 --method baseline --method var --param var.p=0.6[/b]
+
+    Where the objects in a picture are known, named objects that are not in it are marked red.
+    """
+    opened = _open_images(images)
+    specs = _evals("specs").parse_specs(method or ["baseline", "gift"], param or [])
+    _quiet_libraries()
+    console = _console(stderr=str(json_file) == "-")
+    with console.status(f"Loading {model} ..."):
+        loaded, processor = _evals("models").load_model(model, device, dtype, trust_remote_code)
+    records = []
+    for spec in specs:
+        with spec.applied(loaded, processor), console.status(f"{spec.label} ...") as status:
+            for name, image, objects in opened:
+                status.update(f"{spec.label}: {name} ...")
+                answers, tokens = _evals("prompts").generate(
+                    loaded, processor, [image], [prompt], max_new_tokens or (64 if model == "scenes" else 256)
+                )
+                record = {"image": name, "method": spec.label, "caption": answers[0], "tokens": tokens}
+                if objects is not None:
+                    record["objects"] = objects
+                    record["hallucinated"] = _hallucinated(answers[0], objects)
+                records.append(record)
+    if json_file is not None:
+        _write_json(json_file, {"model": model, "prompt": prompt, "captions": records})
+    for name, _, objects in opened:
+        rows = [record for record in records if record["image"] == name]
+        _print_captions(console, name, objects, rows)
+
+
+def _hallucinated(text: str, objects: Sequence[str]) -> list[dict[str, Any]]:
+    """Mentions of objects that are not there; nothing where the evals extra is missing."""
+    if importlib.util.find_spec("simplemma") is None:
+        return []
+    score = _evals("chair").coco_vocabulary().score(text, objects)
+    return [mention for mention in score["mentions"] if mention["hallucinated"]]
+
+
+def _print_captions(console: Any, name: str, objects: list[str] | None, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=name, title_justify="left", show_header=False, show_lines=True)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        text = Text(row["caption"] or "(nothing)")
+        for mention in row.get("hallucinated", []):
+            text.stylize("bold red", mention["start"], mention["end"])
+        table.add_row(row["method"], text)
+    if objects is not None:
+        table.add_row("in the image", Text(", ".join(objects), style="dim"))
+    console.print(table)
+    for row in rows:
+        words = ", ".join(mention["text"] for mention in row.get("hallucinated", []))
+        if words:  # also readable without colour
+            console.print(f"{row['method']} names what is not there: {words}", style="red", markup=False)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    if str(path) == "-":
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    else:
+        _evals("runner").write_json(path, content)
+
+
+def _dataset(data: str, split: str | None) -> Any:
+    if data == "scenes":
+        if split not in (None, "validation", "test"):
+            raise ValueError(f"split {split!r}: the scenes world has validation and test")
+        return _evals("scenes").dataset(split or "validation")
+    return _evals("coco").CocoDataset.from_folder(data, split)
+
+
+@app.command("eval")
+def evaluate(
+    evals: Annotated[list[EvalName], typer.Argument(help="What to measure.", metavar="pope|chair...")],
+    model: Model = "scenes",
+    method: Method = None,
+    param: Param = None,
+    data: Annotated[
+        str,
+        typer.Option(help="[b]scenes[/b], or a folder with COCO annotations and images."),
+    ] = "scenes",
+    split: Annotated[
+        str | None,
+        typer.Option(help="scenes: validation or test. COCO: val2014, val2017 ...", show_default="validation"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of images.", show_default="500")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the images and POPE's questions.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 8,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results.json and samples.jsonl; a stopped run goes on from there.",
+            file_okay=False,
+        ),
+    ] = None,
+    pope_file: Annotated[
+        list[Path] | None,
+        typer.Option(help="Official POPE questions (JSON lines) in place of built ones. Repeats."),
+    ] = None,
+    parser: Annotated[str, typer.Option(help="POPE answers: official, opera, vcd or strict.")] = "official",
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            help="CHAIR's ground truth: instances+captions (official) or instances.",
+            show_default="official where there are captions",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What to ask; for POPE with {question} in it.", show_default="the protocol's"),
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure hallucination, by default of the plain model, gift and var side by side.
+
+    [b]pope[/b] asks whether an object is in the image; [b]chair[/b] counts the objects a caption makes up.
+
+    Example: [b]vlm-attn eval pope --limit 50 --method baseline --method gift --out results/pope[/b]
+
+    Ctrl-C keeps what is finished; the same command goes on from there when it has --out.
+    """
+    names = list(dict.fromkeys(name.value for name in evals))
+    specs = _evals("specs").parse_specs(method or ["baseline", "gift", "var"], param or [])
+    dataset = _dataset(data, split)
+    tasks = []
+    for name in names:
+        options: dict[str, Any] = {"limit": limit, "seed": seed}
+        if prompt is not None:
+            options["prompt"] = prompt
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        if name == "pope":
+            options["parser"] = parser
+            if pope_file:
+                read = _evals("pope").read_questions
+                options["questions"] = [question for file in pope_file for question in read(file)]
+            tasks.append(_evals("tasks").pope_task(dataset, **options))
+        else:
+            if data == "scenes":
+                options.setdefault("max_new_tokens", 64)  # its captions are one sentence
+            tasks.append(_evals("tasks").chair_task(dataset, variant=variant, **options))
+    _quiet_libraries()
+    console = _console(stderr=str(json_file) == "-")
+    with console.status(f"Loading {model} ..."):
+        loaded, processor = _evals("models").load_model(model, device, dtype, trust_remote_code)
+
+    finished = []
+    for task in tasks:
+        folder = out if out is None or len(tasks) == 1 else out / task.name
+        results = _run_with_progress(
+            console,
+            task,
+            specs,
+            loaded,
+            processor,
+            model_name=model,
+            seed=seed,
+            batch_size=batch_size,
+            out=folder,
+        )
+        finished.append(results)
+        _print_results(console, results, folder)
+        if results["status"] != "complete":
+            break
+    if json_file is not None:
+        _write_json(json_file, finished[0] if len(tasks) == 1 else finished)
+    if finished[-1]["status"] == "interrupted":
+        raise typer.Exit(130)
+
+
+def _run_with_progress(console: Any, task: Any, specs: Sequence[Any], *args: Any, **options: Any) -> Any:
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        rows = {
+            spec.label: bar.add_task(f"{task.name} {spec.label}", total=len(task.samples), start=False)
+            for spec in specs
+        }
+
+        def advance(label: str, count: int) -> None:
+            bar.start_task(rows[label])
+            bar.advance(rows[label], count)
+
+        return _evals("runner").run(task, specs, *args, progress=advance, **options)
+
+
+def _print_results(console: Any, results: dict[str, Any], folder: Path | None) -> None:
+    skipped = results["config"].get("questions_skipped", 0)
+    if results["metrics"]:
+        console.print(_evals("report").results_table(results))
+    if skipped:
+        console.print(f"{skipped} questions about images that are not in the data were left out.")
+    if "note" in results:
+        console.print(results["note"])
+    if folder is not None:
+        console.print(f"Written: {folder / 'results.json'}, {folder / 'samples.jsonl'}", soft_wrap=True)
+    if results["status"] == "interrupted":
+        done = sum(results["counts"]["finished"].values())
+        total = results["counts"]["samples"] * len(results["config"]["methods"])
+        kept = "The same command goes on from there." if folder is not None else "With --out it could go on."
+        console.print(f"Stopped after {done} of {total} samples. {kept}")
+
+
+score_app = typer.Typer(help="Score captions that exist already.", no_args_is_help=True)
+app.add_typer(score_app, name="score")
+
+
+@score_app.callback()
+def _score() -> None:
+    """Score captions that exist already, without a model."""
+
+
+@score_app.command("chair")
+def score_chair(
+    captions: Annotated[Path, typer.Option(help="JSON lines with image_id and caption.")],
+    data: Annotated[Path, typer.Option(help="Folder with COCO annotations (no images needed).")],
+    split: Annotated[str | None, typer.Option(help="val2014, val2017 ...", show_default="the first found")] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            help="instances+captions (official) or instances.",
+            show_default="official where there are captions",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
+    ] = None,
+) -> None:
+    """Score a file of captions with CHAIR.
+
+    Example: [b]vlm-attn score chair --captions captions.jsonl --data COCO_DIR --variant instances[/b]
+    """
+    results = _evals("scoring").score_chair(captions, data, split=split, variant=variant)
+    console = _console(stderr=str(json_file) == "-")
+    if json_file is not None:
+        _write_json(json_file, results)
+    console.print(_evals("report").results_table(results))
+    if results["counts"]["skipped"]:
+        console.print(f"{results['counts']['skipped']} captions of images that are not in the data were left out.")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="overhead", help="What to measure.")],
+) -> None:
+    """Measure speed; [b]vlm-attn bench overhead --help[/b] shows its options.
+
+    Example: [b]vlm-attn bench overhead[/b]
+    """
+    if what != "overhead":
+        raise ValueError(f"unknown benchmark {what!r} (known: overhead)")
+    try:
+        module = _evals("bench.overhead")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("vlm_attn.evals.bench"):
+            raise
+        raise NotImplementedError("this installation has no benchmark 'overhead'") from error
+    sys.argv = ["vlm-attn bench overhead", *context.args]
+    raise typer.Exit(module.main() or 0)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, and which optional parts are installed and what they are for.
+
+    Example: [b]vlm-attn doctor[/b]
+    """
+    from importlib import metadata
+
+    from rich.table import Table
+
+    console = _console()
+
+    def installed(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    table = Table(title="Versions", title_justify="left", show_header=False)
+    table.add_row("python", platform.python_version())
+    for name in ("vlm-attn", "torch", "transformers", "triton", "pillow", "numpy"):
+        table.add_row(name, installed(name))
+    console.print(table)
+
+    table = Table(title="Devices", title_justify="left", show_header=False)
+    for name, value in _devices():
+        table.add_row(name, value)
+    console.print(table)
+
+    table = Table("Extra", "Status", "What it unlocks", title="Extras", title_justify="left")
+    for extra, (modules, purpose) in _evals("_extras").EXTRAS.items():
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        fix = f'missing {", ".join(missing)}: pip install "vlm-attn\\[{extra}]"'
+        table.add_row(extra, fix if missing else "installed", purpose)
+    console.print(table)
+
+    try:
+        console.print(f"Bundled model: {_evals('scenes').model_path()}", soft_wrap=True)
+    except (ImportError, OSError) as error:
+        console.print(f"Bundled model: missing ({error})", soft_wrap=True)
+
+
+def _devices() -> list[tuple[str, str]]:
+    try:
+        import torch
+    except ImportError as error:
+        return [("torch", f"cannot be imported: {error}")]
+    rows = [("cpu", f"{torch.get_num_threads()} threads")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(index)
+            rows.append((f"cuda:{index}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"))
+    else:
+        rows.append(("cuda", "none: everything runs on the CPU, large models slowly"))
+    rows.append(("mps", "available" if torch.backends.mps.is_available() else "none"))
+    triton = importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+    rows.append(("attention", "PyTorch eager and SDPA" + (", Triton kernels" if triton else "")))
+    return rows
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
