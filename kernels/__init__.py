@@ -10,11 +10,11 @@ if __name__ == "kernels":
 
     _root = _Path(__file__).resolve().parents[1]
     _spec = _PathFinder.find_spec(__name__, [p for p in _sys.path if _Path(p or ".").resolve() != _root])
-    if _spec is None or _spec.loader is None:
-        raise ModuleNotFoundError("No module named 'kernels'", name="kernels")
-    _module = _util.module_from_spec(_spec)
-    _sys.modules[__name__] = _module
-    _spec.loader.exec_module(_module)
+    if _spec is not None and _spec.loader is not None:
+        _module = _util.module_from_spec(_spec)
+        _sys.modules[__name__] = _module
+        _spec.loader.exec_module(_module)
+    # Where none is installed this stays an empty module without a version, which transformers takes for "not there".
 else:
     from vlm_attn.kernels.edited import Edit, Policy, attention_rows, edited_attention, one_hot_segments
     from vlm_attn.kernels.groups import Group

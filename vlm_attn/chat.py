@@ -7,14 +7,19 @@ the gap, and what stands between two turns is the header of a later turn.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vlm_attn.layout import Span
+
+if TYPE_CHECKING:
+    from vlm_attn.call import Call
 
 # Different first and last characters, so that no tokenizer merges a shared piece into the template.
 _PROBES = ("cat", "7 dogs?")
@@ -141,12 +146,56 @@ def content_tokens(processor: Any, ids: Tensor, tagger: Any) -> Tensor:
         ``[M]`` bool. All occurrences of a repeated word count.
     """
     tokenizer = tokenizer_of(processor)
-    prefix = [len(tokenizer.decode(ids[:i].tolist())) for i in range(len(ids) + 1)]
+    ends = [len(tokenizer.decode(ids[:i].tolist())) for i in range(len(ids) + 1)]
     text = tokenizer.decode(ids.tolist())
     informative = {"NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"}
     words = [(w.idx, w.idx + len(w.text)) for w in tagger(text) if w.pos_ in informative]
     flags = [
         any(a < stop and start < b and text[max(a, start) : min(b, stop)].strip() for start, stop in words)
-        for a, b in zip(prefix, prefix[1:], strict=False)
+        for a, b in zip(ends, ends[1:], strict=False)
     ]
     return torch.tensor(flags, dtype=torch.bool)
+
+
+@functools.cache
+def _tagger() -> Any | None:
+    """spaCy's small English pipeline, or None where it is not installed."""
+    try:
+        import spacy
+
+        return spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
+    except (ImportError, OSError):
+        return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def informative_tokens(call: Call, processor: Any) -> Tensor | None:
+    """Informative words of every question of a call.
+
+    Needs spaCy with ``en_core_web_sm``, the processor and token ids; without one of them all words count, which is said once.
+
+    Args:
+        call: the call.
+        processor: what was given to ``patch``, or None.
+
+    Returns:
+        ``[B0, M]`` bool over the questions' tokens (padded on the right), or None: all of them count.
+    """
+    tagger = _tagger()
+    if tagger is None or processor is None or call.input_ids is None:
+        lacks = "spaCy with en_core_web_sm" if tagger is None else "patch(..., processor=) and token ids"
+        _warn_once(f'query_words="content" needs {lacks}; every word of the question counts instead')
+        return None
+    spans = call.prompt.query
+    chosen = torch.zeros(len(spans), max(stop - start for start, stop in spans), dtype=torch.bool)
+    for row, (start, stop) in enumerate(spans):
+        flags = content_tokens(processor, call.input_ids[row, start:stop], tagger)
+        if not flags.any():
+            _warn_once("a question has no informative word; all of its words count instead")
+            flags = torch.ones_like(flags)
+        chosen[row, : stop - start] = flags
+    return chosen

@@ -116,9 +116,7 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
     return ids
 
 
-def split_images(
-    config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[str, Any]
-) -> tuple[ImageSpan, ...]:
+def split_images(config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[str, Any]) -> tuple[ImageSpan, ...]:
     """Images of a batch from the runs of image tokens of its rows.
 
     Args:

@@ -99,7 +99,11 @@ def visual_columns(input_ids: Tensor, image_token_ids: Sequence[int]) -> Tensor:
 
 def runs(row: Tensor) -> list[Span]:
     """Half-open column ranges of the True runs of a 1-D bool tensor."""
-    edges = torch.diff(row.to(torch.int8).cpu(), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1, dtype=torch.int8))
+    edges = torch.diff(
+        row.to(torch.int8).cpu(),
+        prepend=torch.zeros(1, dtype=torch.int8),
+        append=torch.zeros(1, dtype=torch.int8),
+    )
     starts = (edges == 1).nonzero().flatten().tolist()
     stops = (edges == -1).nonzero().flatten().tolist()
     return list(zip(starts, stops, strict=True))

@@ -1,0 +1,200 @@
+"""GIFT: gaze-shift guided cross-modal fusion enhancement (arXiv 2510.22067).
+
+Where does the attention of the question's words *move* to on the image, word by word? Those places are boosted for every
+later row, and the question is boosted by the same ratio, so that the balance between the two stays.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vlm_attn.call import Call
+from vlm_attn.chat import informative_tokens
+from vlm_attn.kernels import Edit, Group, one_hot_segments
+from vlm_attn.method import Method, ModelFacts, check_layers, check_range, layer_tuple
+
+OTHER, VISUAL, QUERY, BOOSTED = range(4)  # segments; BOOSTED is VISUAL weighted with exp(alpha * saliency)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gift(Method):
+    """Boost what the question looks at.
+
+    Attributes:
+        saliency_layers: layers whose attention gives the saliency map (paper: one); None = from the preset.
+        enhance_layers: layers whose attention is edited; None = from the preset.
+        alpha: strength; the most salient token is weighted ``exp(alpha)``. Range 0..20.
+        beta: factor on the question's share of the boost. Range (0, 100].
+        query_words: which words of the question count for the map: ``"content"`` (needs spaCy) or ``"all"``.
+        heads: share of heads that are used, for the map and for each of the two boosts. Range (0, 1].
+        clip_sigma: the map is clipped to its mean +- this many standard deviations before it is scaled to [0, 1].
+
+    Deviations from the released code: batched; the last prompt token is run once, edited, on top of one plain prefill instead
+    of two prefills (exact for causal models); every occurrence of a repeated word counts; a question token that is also the
+    last token of the prompt (no template tail) does not count for the map.
+    """
+
+    name: ClassVar[str] = "gift"
+    paper: ClassVar[str] = "GIFT, arXiv 2510.22067"
+
+    saliency_layers: tuple[int, ...] | None = None
+    enhance_layers: tuple[int, ...] | None = None
+    alpha: float = 5.0
+    beta: float = 1.0
+    query_words: Literal["content", "all"] = "content"
+    heads: float = 0.5
+    clip_sigma: float = 3.0
+
+    def __post_init__(self) -> None:
+        layer_tuple(self, "saliency_layers")
+        layer_tuple(self, "enhance_layers")
+        check_range(self, "alpha", 0, 20)
+        check_range(self, "beta", 0, 100, open_low=True)
+        check_range(self, "heads", 0, 1, open_low=True)
+        check_range(self, "clip_sigma", 0, 100, open_low=True)
+        if self.query_words not in ("content", "all"):
+            raise ValueError(f'gift: query_words={self.query_words!r} is neither "content" nor "all"')
+
+    @property
+    def neutral(self) -> bool:
+        """``alpha=0`` makes every multiplier 1 and the ratio r = 1; ``beta=1`` leaves the question alone."""
+        return self.alpha == 0 and self.beta == 1
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """The saliency layers."""
+        return self.saliency_layers or ()
+
+    def bind(self, facts: ModelFacts) -> Gift:
+        """Check the layers against the model."""
+        check_layers(self, "saliency_layers", self.saliency_layers or (), facts)
+        check_layers(self, "enhance_layers", self.enhance_layers or (), facts)
+        return self
+
+    def start(self, call: Call, processor: Any) -> None:
+        """Step 3. A question must follow its image: before it, there is nothing to look at."""
+        last = [0] * call.prompt.batch
+        for image in call.prompt.images:
+            last[image.row] = max(last[image.row], image.stop)
+        for row, (start, stop) in enumerate(call.prompt.query):
+            if start >= stop or start < last[row]:
+                raise ValueError(
+                    f"gift: row {row} has no question after its image (question columns {start}..{stop}, image ends at "
+                    f"{last[row]}). Put the image before the text, or give the question's columns with query_span="
+                )
+            if start - 1 < call.first:
+                raise ValueError(
+                    f"gift: the question of row {row} begins at column {start}, but the cache passed in already holds "
+                    f"{call.first} columns: pass a cache that ends before the question"
+                )
+        call.memory(self)["informative"] = (
+            informative_tokens(call, processor) if self.query_words == "content" else None
+        )
+
+    def read_rows(self, call: Call) -> Tensor:
+        """The question's columns and the one before: ``[B, M + 1]``, padded on the right with -1."""
+        spans = call.layout.query
+        width = max(stop - start for start, stop in spans) + 1
+        rows = torch.full((len(spans), width), -1, device=call.layout.group.device)
+        for i, (start, stop) in enumerate(spans):
+            rows[i, : stop - start + 1] = torch.arange(start - 1, stop, device=rows.device)
+        return rows
+
+    def prompt_read(self, call: Call, rows: dict[int, Tensor]) -> None:
+        """Steps 2-5: gaze shifts, informative words, heads, the map."""
+        columns = self.read_rows(call)
+        visual = call.layout.visual
+        memory = call.memory(self)
+        informative = columns[:, 1:] >= 0
+        if memory["informative"] is not None:
+            chosen = memory["informative"].to(columns.device)
+            informative = informative & chosen.repeat_interleave(len(columns) // len(chosen), 0)
+        shifts = [gaze_shift(rows[layer], columns, visual) for layer in self.read_layers]
+        saliency = saliency_map(shifts, informative, visual, heads=self.heads, clip_sigma=self.clip_sigma)
+        ids = VISUAL * visual + QUERY * (call.layout.group == Group.QUERY)
+        memory["saliency"] = saliency
+        memory["edit"] = Edit(one_hot_segments(ids, 3, twin_of=VISUAL, log_weight=self.alpha * saliency), self.reweigh)
+
+    def edit(self, call: Call, layer: int) -> Edit | None:
+        """The same edit at every enhanced layer."""
+        return call.memory(self)["edit"] if layer in (self.enhance_layers or ()) else None
+
+    def reweigh(self, log_mass: Tensor) -> Tensor:
+        """Steps 6-8 in log space: ``[B, H, Q, 4]`` log masses to log weights.
+
+        ``Hv`` and ``Hq`` are the heads with the most visual and question mass, chosen per row; r is one ratio per row and layer.
+        """
+        visual, query, boosted = (log_mass[..., i] for i in (VISUAL, QUERY, BOOSTED))
+        looks, asks = top_heads(visual, self.heads), top_heads(query, self.heads)
+        hidden = torch.full_like(visual, -math.inf)
+        log_r = torch.logsumexp(torch.where(looks, boosted, hidden), 1, keepdim=True) - torch.logsumexp(
+            torch.where(looks, visual, hidden), 1, keepdim=True
+        )
+        log_r = log_r.nan_to_num(0.0, 0.0, 0.0) + math.log(self.beta)  # no visual mass at all: r = 1
+        zero = torch.zeros_like(visual)
+        return torch.stack(
+            [
+                zero,
+                torch.where(looks, hidden, zero),
+                torch.where(asks, log_r, zero),
+                torch.where(looks, zero, hidden),
+            ],
+            -1,
+        )
+
+
+def top_heads(score: Tensor, share: float) -> Tensor:
+    """``[B, H, ...]`` scores to a mask of the ``max(1, floor(share * H))`` largest along dim 1."""
+    count = max(1, int(score.shape[1] * share))
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(count, dim=1).indices, True)
+
+
+def gaze_shift(attention: Tensor, columns: Tensor, visual: Tensor) -> Tensor:
+    """Step 2: ``max(A_i - A_{i-1}, 0)`` on the image.
+
+    Args:
+        attention: ``[B, H, M + 1, P]`` rows of the question and the one before.
+        columns: ``[B, M + 1]`` their columns, -1 = none.
+        visual: ``[B, P]`` bool.
+
+    Returns:
+        ``[B, H, M, P]``, zero outside the image and for rows that are not there.
+    """
+    shift = (attention[:, :, 1:] - attention[:, :, :-1]).clamp_min(0)
+    return shift * visual[:, None, None] * (columns[:, None, 1:, None] >= 0)
+
+
+def saliency_map(
+    shifts: list[Tensor], informative: Tensor, visual: Tensor, *, heads: float, clip_sigma: float
+) -> Tensor:
+    """Steps 3-5: mean shift over layers, chosen heads and informative words; clipped; scaled to [0, 1] over the image.
+
+    Args:
+        shifts: per saliency layer ``[B, H, M, P]``.
+        informative: ``[B, M]`` bool.
+        visual: ``[B, P]`` bool.
+        heads: share of heads kept per layer, those with the largest total shift.
+        clip_sigma: clip at mean +- this many (unbiased) standard deviations over the visual tokens.
+
+    Returns:
+        ``[B, P]`` float32; a constant map becomes all zeros, which is a no-op.
+    """
+    total = torch.zeros_like(visual, dtype=torch.float32)
+    for shift in shifts:
+        per_head = (shift * informative[:, None, :, None]).sum(2)  # [B, H, P]
+        kept = top_heads(per_head.sum(2), heads)
+        total = total + (per_head * kept[..., None]).sum(1)
+    count = visual.sum(1, keepdim=True).clamp_min(1)
+    mean = (total * visual).sum(1, keepdim=True) / count
+    std = (((total - mean) * visual).square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    clipped = total.clamp(mean - clip_sigma * std, mean + clip_sigma * std)
+    low = clipped.masked_fill(~visual, math.inf).amin(1, keepdim=True)
+    high = clipped.masked_fill(~visual, -math.inf).amax(1, keepdim=True)
+    # Scale-free: the mean's divisors (heads, words, layers) cancel in the min-max scaling.
+    span = high - low
+    return torch.where(visual & (span > 0), (clipped - low) / span.clamp_min(torch.finfo(torch.float32).tiny), 0.0)

@@ -1,0 +1,126 @@
+"""VAR: visual attention redistribution ("See what you are told: visual attention sink", arXiv 2503.03321, ICLR 2025).
+
+A few tokens, the sinks, draw attention without meaning. In heads that look at the image, part of what the sinks draw is given to
+the other image tokens, in proportion to what these already get.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vlm_attn.call import Call
+from vlm_attn.kernels import Edit, one_hot_segments
+from vlm_attn.method import Method, ModelFacts, check_layers, check_range, layer_tuple
+
+OTHER, VISUAL, TEXT_SINK, VISUAL_SINK = range(4)  # segments; VISUAL without its sinks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Var(Method):
+    """Take attention from the sinks and give it to the rest of the image.
+
+    Attributes:
+        sink_dims: hidden dimensions in which sinks are massive; None = from the preset.
+        tau: a token is a sink where one of them exceeds ``tau`` times the token's RMS. Range (0, 1000].
+        rho: a head is image-centric where at least this share of its visual attention is on non-sinks. Range 0..1.
+        p: share of the sinks' attention that is moved. Range 0..1.
+        visual_floor: ... and where it gives the image at least this much in all. Range 0..1.
+        code_parity: do what the released code does instead of the paper: ``p`` is the share that *stays*, ``rho`` bounds the
+            sinks' share from above, ``> tau``, layers 0 and 1 untouched, the last layer edited, a layer without a visual sink
+            left alone.
+        layers: layers to edit; empty = all but the last (with ``code_parity``: all but the first two).
+
+    Paper form: all text rows from the image on, all layers but the last. Sinks are looked for among the prompt's tokens, as the
+    released code does (the paper: the whole sequence), so beams need no state of their own.
+    """
+
+    name: ClassVar[str] = "var"
+    paper: ClassVar[str] = "VAR, arXiv 2503.03321"
+    edited_rows: ClassVar[Literal["last", "text"]] = "text"
+    read_hidden: ClassVar[bool] = True
+
+    sink_dims: tuple[int, ...] | None = None
+    tau: float = 20.0
+    rho: float = 0.5
+    p: float = 0.6
+    visual_floor: float = 0.2
+    code_parity: bool = False
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        layer_tuple(self, "sink_dims")
+        check_range(self, "tau", 0, 1000, open_low=True)
+        for field in ("rho", "p", "visual_floor"):
+            check_range(self, field, 0, 1)
+        if self.layers:
+            layer_tuple(self, "layers")
+
+    @property
+    def moved(self) -> float:
+        """Share of the sinks' attention that is moved, in the paper's orientation."""
+        return 1 - self.p if self.code_parity else self.p
+
+    @property
+    def neutral(self) -> bool:
+        """Nothing is moved."""
+        return self.moved == 0
+
+    def bind(self, facts: ModelFacts) -> Var:
+        """Check dimensions and layers; without ``layers``, the paper's (or the code's) are used."""
+        bad = [d for d in self.sink_dims or () if not 0 <= d < facts.hidden]
+        if bad:
+            raise ValueError(
+                f"var: sink_dims={self.sink_dims} names dimension {bad[0]}, the hidden size is {facts.hidden}"
+            )
+        check_layers(self, "layers", self.layers, facts)
+        default = range(2, facts.layers) if self.code_parity else range(facts.layers - 1)
+        return replace(self, layers=self.layers or tuple(default))
+
+    def start(self, call: Call, processor: Any) -> None:
+        """Sinks among columns that are already cached must be known from the call that cached them."""
+        if call.first and (call.earlier is None or not call.earlier.memory(self).get("read")):
+            raise ValueError(
+                "var: the cache passed in was filled without var, so its sink tokens are unknown. "
+                "Run the first turn with the same patched model, or pass no cache"
+            )
+        call.memory(self)["read"] = True
+
+    def read_tokens(self, hidden: Tensor) -> Tensor:
+        """Step 1: ``max_d |x_d| / RMS(x) >= tau`` on a block's input ``[B, Q, D]``."""
+        hidden = hidden.float()
+        massive = hidden[..., list(self.sink_dims or ())].abs().amax(-1)
+        value = massive / (hidden.square().mean(-1) + 1e-6).sqrt()
+        return value > self.tau if self.code_parity else value >= self.tau
+
+    def edit(self, call: Call, layer: int) -> Edit | None:
+        """Step 2: which keys of this layer are sinks."""
+        sink = call.tokens(self, layer)
+        if layer not in self.layers or sink is None:
+            return None
+        visual = call.layout.visual
+
+        def build() -> Edit:
+            ids = VISUAL * (visual & ~sink) + TEXT_SINK * (~visual & sink) + VISUAL_SINK * (visual & sink)
+            return Edit(one_hot_segments(ids, 4), self.reweigh)
+
+        return call.cached(self, layer, build)
+
+    def reweigh(self, log_mass: Tensor) -> Tensor:
+        """Steps 3-4: ``[B, H, Q, 4]`` log masses to log weights; the row keeps its total."""
+        _, visual, text_sink, visual_sink = log_mass.exp().unbind(-1)
+        seen = visual + visual_sink
+        image_centric = seen >= self.visual_floor
+        if self.code_parity:
+            image_centric &= (visual_sink <= self.rho * seen) & (visual_sink.sum(1, keepdim=True) > 0)
+        else:
+            image_centric &= visual >= self.rho * seen
+        image_centric &= visual > 0
+        moved = self.moved * (text_sink + visual_sink)
+        zero = torch.zeros_like(seen)
+        keep = torch.where(image_centric, torch.log1p(torch.full_like(seen, -self.moved)), zero)
+        gain = torch.where(image_centric, torch.log1p(moved / visual.clamp_min(1e-30)), zero)
+        return torch.stack([zero, gain, keep, keep], -1)

@@ -1,0 +1,173 @@
+"""The attention function transformers calls in a patched model.
+
+It looks at the tag on the attention module. Without a tag, or with nothing to do in this layer and step, it goes straight to the
+implementation the model had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_attn import host
+from vlm_attn.kernels import attention_rows, edited_attention
+
+if TYPE_CHECKING:
+    from vlm_attn.call import Call
+    from vlm_attn.engine import Engine
+
+TAG = "_vlm_attn"
+ROWS_AT_ONCE = 64  # prompt rows edited per step: bounds the [B, H, rows, S] scores
+REFUSED = {
+    "s_aux": "attention sinks as parameters",
+    "position_bias": "a position bias",
+    "cache": "a paged cache",
+}
+
+
+@dataclass
+class Tag:
+    """Marks an attention module of a patched model."""
+
+    engine: Engine
+    layer: int
+    base: str
+
+
+def vlm_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer, edited where the call asks for it.
+
+    Args:
+        module: the attention module.
+        query: ``[B, H, Q, D]``, rotated.
+        key: ``[B, G, S, D]``, the whole cache.
+        value: ``[B, G, S, D]``.
+        attention_mask: in the format of the module's own implementation.
+        scaling: factor on the dot products, default ``D ** -0.5``.
+        dropout: must be 0 on an edited row.
+        **kwargs: the host's other arguments; ``softcap`` is honoured.
+
+    Returns:
+        ``[B, Q, H, D]`` and None (attention maps are never returned).
+
+    Raises:
+        NotImplementedError: paged caches (continuous batching), learned sinks, position biases, dropout.
+    """
+    tag: Tag | None = getattr(module, TAG, None)
+    base = host.base_attention(module, tag.base if tag is not None else _base_of(module))
+
+    def plain() -> tuple[Tensor, Tensor | None]:
+        return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    call = tag.engine.call if tag is not None else None
+    if tag is None or call is None:
+        return plain()
+    for name, what in REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"vlm_attn cannot edit attention with {what} ({name}=)")
+    if dropout:
+        raise NotImplementedError("vlm_attn edits attention at inference only: call model.eval()")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap = kwargs.get("softcap")
+    shared: dict[str, Any] = {"scale": scale, "softcap": softcap}
+
+    if call.mode == "edited":
+        edits = tag.engine.edits(call, tag.layer)
+        if not edits:
+            return plain()
+        mask = attention_mask
+        if mask is None and query.shape[2] > 1:
+            mask = _causal(call, key, torch.arange(query.shape[2], device=query.device)[None])
+        offset = _offset(module, call, key)
+        out = edited_attention(query, key, value, edits, mask=mask, offset=offset, **shared)
+        return out.transpose(1, 2).contiguous(), None
+
+    out, weights = plain()
+    first = int(call.past)
+    for method in tag.engine.readers(tag.layer):
+        rows = method.read_rows(call) - first
+        valid = (rows >= 0) & (rows < query.shape[2])
+        if valid.any():
+            rows = rows.clamp(0, query.shape[2] - 1)
+            attention = attention_rows(
+                _take(query, rows), key, mask=_rows_mask(call, attention_mask, key, rows), **shared
+            )
+            call.store_rows(method, tag.layer, attention, valid, int(_offset(module, call, key)))
+    edits = tag.engine.edits(call, tag.layer)
+    if edits:
+        for rows, valid in _text_rows(call):
+            edited = edited_attention(
+                _take(query, rows),
+                key,
+                value,
+                edits,
+                mask=_rows_mask(call, attention_mask, key, rows),
+                offset=int(_offset(module, call, key)),
+                **shared,
+            ).transpose(1, 2)
+            index = rows[:, :, None, None].expand_as(edited)
+            out = out.scatter(1, index, torch.where(valid[:, :, None, None], edited, out.gather(1, index)))
+    return out, weights
+
+
+def _base_of(module: nn.Module) -> str:
+    """The format an untagged module's config names (a module that was moved in from elsewhere)."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", host.NAMES["sdpa"])
+    return next((base for base, ours in host.NAMES.items() if ours == name), "sdpa")
+
+
+def _offset(module: nn.Module, call: Call, key: Tensor) -> int | Tensor:
+    """Column of the first key: 0, or more in a sliding layer that has dropped its oldest keys."""
+    if getattr(module, "sliding_window", None) is None:
+        return 0
+    total = call.past + call.length
+    if isinstance(total, Tensor):
+        return (total - key.shape[2]).clamp_min(0)
+    return max(0, total - key.shape[2])
+
+
+def _take(query: Tensor, rows: Tensor) -> Tensor:
+    """Rows ``[B, R]`` of ``[B, H, Q, D]``."""
+    return query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+
+
+def _causal(call: Call, key: Tensor, rows: Tensor) -> Tensor:
+    """``[B or 1, 1, R, S]``: what "no mask" means for rows counted from this forward's first."""
+    total = call.past + call.length
+    offset = max(0, int(total) - key.shape[2]) if not isinstance(total, Tensor) else (total - key.shape[2]).clamp_min(0)
+    columns = torch.arange(key.shape[2], device=key.device) + offset
+    return (columns <= rows[..., None] + call.past)[:, None]
+
+
+def _rows_mask(call: Call, mask: Tensor | None, key: Tensor, rows: Tensor) -> Tensor:
+    """The mask of single rows ``[B, R]`` of this forward."""
+    if mask is None:
+        return _causal(call, key, rows)
+    mask = mask[..., : key.shape[2]].expand(rows.shape[0], -1, -1, -1)
+    return mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+
+
+def _text_rows(call: Call) -> list[tuple[Tensor, Tensor]]:
+    """The text rows of this forward from the first image on, a bounded number at a time: ``(rows, valid)``, each ``[B, R]``."""
+    first, stop = int(call.past), int(call.past) + call.length
+    wanted = nn.functional.pad(call.layout.text_after_image, (0, max(0, stop - call.prompt.length)), value=True)
+    wanted = wanted[:, first:stop].int()
+    count = int(wanted.sum(1).max())
+    order = wanted.argsort(dim=1, descending=True, stable=True)[:, :count]
+    valid = wanted.gather(1, order).bool()
+    return list(zip(order.split(ROWS_AT_ONCE, 1), valid.split(ROWS_AT_ONCE, 1), strict=True)) if count else []
+
+
+host.register(vlm_attention)

@@ -1,0 +1,109 @@
+"""The state of one call of a patched model: what its prompt holds, how much of it has run, what the methods have read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlm_attn.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from vlm_attn.method import Method
+
+Mode = Literal["prompt", "edited"]
+
+
+@dataclass
+class Call:
+    """One ``generate`` or one bare forward (with the decode steps that follow on its cache).
+
+    Plain data: copied with a cache, it shares nothing with the original.
+
+    Attributes:
+        prompt: layout of the prompt as it was given, one row per sample.
+        input_ids: ``[B, P]`` ids of the prompt, None for ``inputs_embeds``.
+        mode: ``"prompt"`` while prompt rows run, ``"edited"`` once every row of a forward is edited.
+        past: columns before this forward; a tensor under a static cache while decoding.
+        length: rows of this forward.
+        first: columns that were in the cache when the call began.
+        earlier: the call that filled those columns, if it is known.
+    """
+
+    prompt: TokenLayout
+    input_ids: Tensor | None = None
+    mode: Mode = "prompt"
+    done: bool = False
+    past: int | Tensor = 0
+    length: int = 0
+    first: int = 0
+    earlier: Call | None = None
+    batch: int = 0
+    _layouts: dict[int, TokenLayout] = field(default_factory=dict)
+    _memory: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    _built: dict[tuple[str, Any], Any] = field(default_factory=dict)
+    _rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _tokens: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The layout of the rows that run now (samples repeated for beams)."""
+        if self.batch not in self._layouts:
+            self._layouts[self.batch] = self.prompt.expand(self.batch)
+        return self._layouts[self.batch]
+
+    def memory(self, method: Method) -> dict[Any, Any]:
+        """Where a method keeps its results for the length of the call."""
+        return self._memory.setdefault(method.name, {})
+
+    def cached(self, method: Method, key: Any, build: Callable[[], Any]) -> Any:
+        """A value that stays the same from the end of the prompt on; built anew while the prompt still runs."""
+        if not self.done:
+            return build()
+        if (method.name, key) not in self._built:
+            self._built[method.name, key] = build()
+        return self._built[method.name, key]
+
+    def restart(self) -> None:
+        """Forget what was read: the whole sequence runs again (``use_cache=False``)."""
+        self.done = False
+        for read in (self._built, self._rows, self._tokens):
+            read.clear()
+
+    # Readings. Buffers cover the whole prompt and are filled as its parts run.
+
+    def store_rows(self, method: Method, layer: int, attention: Tensor, valid: Tensor, offset: int) -> None:
+        """Keep attention ``[B, H, R, S]`` of the read rows where ``valid [B, R]``; key 0 is column ``offset``."""
+        key = (method.name, layer)
+        size = (*attention.shape[:3], self.prompt.length)
+        if key not in self._rows or self._rows[key].shape != size:
+            self._rows[key] = attention.new_zeros(size)
+        stop = min(offset + attention.shape[3], self.prompt.length)
+        part = self._rows[key][..., offset:stop]
+        part.copy_(torch.where(valid[:, None, :, None], attention[..., : stop - offset], part))
+
+    def rows(self, method: Method) -> dict[int, Tensor]:
+        """Attention rows by layer, as :meth:`~vlm_attn.method.Method.prompt_read` gets them."""
+        return {layer: rows for (name, layer), rows in self._rows.items() if name == method.name}
+
+    def store_tokens(self, method: Method, layer: int, values: Tensor) -> None:
+        """Keep one value per token ``[B, Q]`` of this forward."""
+        key = (method.name, layer)
+        if key not in self._tokens or self._tokens[key].shape[0] != values.shape[0]:
+            self._tokens[key] = values.new_zeros(values.shape[0], self.prompt.length)
+            if self.first and self.earlier is not None:
+                known = self.earlier.tokens(method, layer)
+                if known is not None and known.shape[0] == values.shape[0]:
+                    width = min(self.first, known.shape[1])
+                    self._tokens[key][:, :width] = known[:, :width]
+        start = int(self.past)
+        stop = min(start + values.shape[1], self.prompt.length)
+        if start < stop:
+            self._tokens[key][:, start:stop] = values[:, : stop - start]
+
+    def tokens(self, method: Method, layer: int) -> Tensor | None:
+        """Values per prompt column ``[B, P]`` read at a layer, None if it has not run."""
+        return self._tokens.get((method.name, layer))

@@ -1,0 +1,375 @@
+"""Runs methods inside a patched model: hooks on the model, its text model and its layers, and the bound ``generate``.
+
+A method that edits the last prompt row needs the whole prompt to have been read first. The prompt therefore runs as *body* (every
+row but the last, unedited) and then *last token* (edited): exact for causal families, because no earlier row sees the last one.
+Families whose prompt rows see the whole prompt run it all and then run the last token once more.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_attn import host
+from vlm_attn.call import Call
+from vlm_attn.chat import ChatTemplate, find_question
+from vlm_attn.families import family_of, image_token_ids, split_images
+from vlm_attn.kernels import Edit
+from vlm_attn.layout import Span, build_layout, check_span, runs, visual_columns
+from vlm_attn.method import Method
+
+CACHE_NOTE = "_vlm_attn_call"  # a cache remembers the call that filled it, for decode loops and later turns
+
+
+class Engine:
+    """The patched state of one model.
+
+    Calls are serialised: two threads that generate on one patched model take turns.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        text_model: nn.Module,
+        methods: Sequence[Method],
+        *,
+        processor: Any = None,
+        template: ChatTemplate | None = None,
+        query_span: Any = None,
+    ) -> None:
+        self.model_config = model.config
+        self.text_config = text_model.config
+        self.text_model = text_model
+        self.methods = tuple(methods)
+        self.processor = processor
+        self.template = template
+        self.query_span = query_span
+        self.force = False  # run neutral methods through the edit path too
+        self.call: Call | None = None
+        self.spans: dict[str, Any] | None = None
+        self.undo: list[Any] = []
+        self.handles: list[Any] = []
+        self._pending: dict[str, Any] | None = None
+        self._depth = 0
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "call": None, "spans": None, "_pending": None, "_depth": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    # What runs
+
+    @property
+    def active(self) -> tuple[Method, ...]:
+        """The methods that do something."""
+        return tuple(m for m in self.methods if self.force or not m.neutral)
+
+    @property
+    def splits(self) -> bool:
+        """Whether the prompt runs as body and last token."""
+        return any(m.edited_rows == "last" for m in self.active)
+
+    def readers(self, layer: int) -> list[Method]:
+        """Methods that read attention rows of a layer."""
+        return [m for m in self.active if layer in m.read_layers]
+
+    def edits(self, call: Call, layer: int) -> list[Edit]:
+        """Edits of a layer for the rows that run now, in the methods' order."""
+        now = [m for m in self.active if call.mode == "edited" or m.edited_rows == "text"]
+        return [edit for m in now if (edit := m.edit(call, layer)) is not None]
+
+    # Calls
+
+    def build_call(self, inputs: Mapping[str, Any]) -> Call:
+        """Lay out a prompt. Fails before anything runs.
+
+        Args:
+            inputs: the model's inputs, ``input_ids`` or ``inputs_embeds`` among them.
+
+        Raises:
+            ValueError: no image, no usable question span, a prompt that ends in an image token, maps asked for.
+        """
+        spans = self.spans or {}
+        if inputs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions=True cannot be used while patched: edited rows have no attention map to return"
+            )
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        batch, length = embeds.shape[:2] if isinstance(embeds, Tensor) else ids.shape  # type: ignore[union-attr]
+        mask = inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.shape == (batch, length) else None
+        device = embeds.device if isinstance(embeds, Tensor) else ids.device  # type: ignore[union-attr]
+        first = _padding(mask, batch)
+
+        if spans.get("visual") is not None:
+            visual = torch.zeros(batch, length, dtype=torch.bool, device=device)
+            for row, row_spans in enumerate(spans["visual"]):
+                for span in [row_spans] if isinstance(row_spans[0], int) else row_spans:
+                    start, stop = check_span(span, row, first[row], length)
+                    visual[row, start:stop] = True
+        elif isinstance(ids, Tensor) and ids.shape == (batch, length):
+            visual = visual_columns(ids, image_token_ids(self.model_config))
+        else:
+            raise ValueError(
+                "inputs_embeds hide where the image and the question are: "
+                "wrap the call in `with vlm_attn.spans(model, visual=[(a, b)], query=[(c, d)]):` (one entry per row)"
+            )
+        if not visual.any(1).all():
+            rows = (~visual.any(1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"no image token in the prompt of row {rows}: the processor must see an image and its placeholder "
+                "(an image part in the chat message); unpatch the model for text-only prompts"
+            )
+        if self.splits and visual[:, -1].any():
+            raise ValueError(
+                "the prompt ends in an image token, so there is no last text row to edit: put text after the image"
+            )
+
+        query, role = self._question(ids, mask, visual, first, spans.get("query"))
+        image_runs = [runs(row) for row in visual]
+        images = split_images(self.model_config, image_runs, inputs)
+        layout = build_layout(visual, mask, query, role, images)
+        call = Call(prompt=layout, input_ids=ids if isinstance(ids, Tensor) else None, batch=batch)
+        cache = inputs.get("past_key_values")
+        call.first = host.cached_length(cache) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        call.earlier = getattr(cache, CACHE_NOTE, None)
+        for method in self.active:
+            method.start(call, self.processor)
+        return call
+
+    def _question(
+        self, ids: Tensor | None, mask: Tensor | None, visual: Tensor, first: list[int], given: Any
+    ) -> tuple[list[Span], list[int]]:
+        batch, length = visual.shape
+        given = given if given is not None else self.query_span
+        if callable(given):
+            given = given(ids, mask)
+        if given is not None:
+            if isinstance(given[0], int):
+                given = [given] * batch
+            if len(given) != batch:
+                raise ValueError(
+                    f"{len(given)} query spans for {batch} rows: give one (start, stop) per row, or one for all"
+                )
+            query = [check_span(span, row, first[row], length) for row, span in enumerate(given)]
+            return query, [length - stop for _, stop in query]
+        query, role = [], []
+        for row in range(batch):
+            row_ids = ids[row, first[row] :].tolist() if ids is not None else [-1] * (length - first[row])
+            (start, stop), tail = find_question(row_ids, visual[row, first[row] :].tolist(), self.template)
+            query.append((start + first[row], stop + first[row]))
+            role.append(tail)
+        return query, role
+
+    @contextmanager
+    def running(self, inputs: Mapping[str, Any]) -> Iterator[Call]:
+        """One call: its context is there inside and gone outside, whatever happens."""
+        with self._lock:
+            outer, outer_depth = self.call, self._depth
+            try:
+                self.call = self.build_call(inputs)
+                self._depth = outer_depth + 1
+                yield self.call
+            finally:
+                self.call, self._depth, self._pending = outer, outer_depth, None
+
+    def generate(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The class's own ``generate`` inside a call."""
+        stock = type(model).generate
+        if not self.active:
+            return stock(model, *args, **kwargs)
+        inputs = dict(kwargs)
+        if args and "input_ids" not in inputs:
+            inputs["input_ids"] = args[0]
+        if inputs.get("inputs") is not None and inputs.get("input_ids") is None:
+            inputs["input_ids"] = inputs["inputs"]
+        config = inputs.get("generation_config") or getattr(model, "generation_config", None)
+        if inputs.get("output_attentions") is None and getattr(config, "output_attentions", False):
+            inputs["output_attentions"] = True
+        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+            raise ValueError("a patched model generates from input_ids or inputs_embeds; neither was given")
+        with self.running(inputs):
+            return stock(model, *args, **kwargs)
+
+    # Hooks
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A bare forward starts a call, or goes on with the one its cache remembers."""
+        if self._depth or not self.active:
+            return
+        inputs = {**_named(module, args), **kwargs}
+        cache = inputs.get("past_key_values")
+        known: Call | None = getattr(cache, CACHE_NOTE, None)
+        self._lock.acquire()
+        try:
+            if known is not None and known.done and inputs.get("pixel_values") is None and host.cached_length(cache):
+                self.call = known
+            else:
+                self.call = self.build_call(inputs)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """End a bare forward (also after an exception)."""
+        if self._depth or not self.active:
+            return
+        self.call = self._pending = None
+        try:
+            self._lock.release()
+        except RuntimeError:
+            pass  # the call was refused before it began
+
+    def before_text(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Start of a forward of the text model: decide what runs, and run the prompt's body."""
+        call = self.call
+        if call is None:
+            if self.active:
+                raise RuntimeError(
+                    "the text model of a patched model was called on its own, so the prompt is unknown: "
+                    "call the model that was given to patch()"
+                )
+            return None
+        kwargs = {**_named(module, args), **kwargs}
+        cache = kwargs.get("past_key_values")
+        embeds = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        call.batch, call.length = embeds.shape[:2]
+        if call.done and cache is not None:
+            call.past = cache.get_seq_length()
+            call.mode = "edited"
+            return (), kwargs
+        if kwargs.get("output_attentions") or getattr(self.text_config, "output_attentions", False):
+            raise ValueError(
+                "output_attentions=True cannot be used while patched: edited rows have no attention map to return"
+            )
+        if call.done:
+            call.restart()
+        call.mode = "prompt"
+        call.past = past = host.cached_length(cache)
+        end, prompt = past + call.length, call.prompt.length
+        if end < prompt or not self.splits:
+            self._pending = {"done": end >= prompt}
+            return (), kwargs
+        return (), self._run_body(module, kwargs, cache, past, prompt)
+
+    def _run_body(
+        self, module: nn.Module, kwargs: dict[str, Any], cache: Any, past: int, prompt: int
+    ) -> dict[str, Any]:
+        """Run the prompt's body; returns the arguments of what is left: the last prompt token and what follows it."""
+        call = self.call
+        assert call is not None
+        keep_cache = kwargs.get("use_cache")
+        if keep_cache is None:
+            keep_cache = getattr(self.text_config, "use_cache", True)
+        private = cache is None
+        if private:
+            cache = host.new_cache(self.text_config)
+        kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
+        total = call.length
+        cut = prompt - 1 - past  # rows before the last prompt token
+        body = cut + 1 if family_of(self.model_config).prefix_lm else cut
+        mask = kwargs.get("attention_mask")
+        kinds = (
+            {kind: host.layer_of_type(self.text_config, kind) for kind in mask} if isinstance(mask, dict) else {None: 0}
+        )
+        given = {kind: host.key_window(cache, total, layer)[1] for kind, layer in kinds.items()}
+        embeds = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+
+        def rows(start: int, stop: int) -> dict[str, Any]:
+            windows = {
+                kind: (*host.key_window(cache, stop - start, layer), given[kind]) for kind, layer in kinds.items()
+            }
+            part = host.slice_arguments(kwargs, start, stop)
+            part["attention_mask"] = host.slice_mask(
+                mask, start=start, stop=stop, first=past, windows=windows, like=embeds
+            )
+            return part
+
+        output = None
+        if body:
+            call.length = body
+            output = module.forward(**rows(0, body))
+            if body > cut:
+                host.rewind(cache, body - cut)
+        for method in self.active:
+            method.prompt_read(call, call.rows(method))
+        call.mode, call.past, call.length = "edited", past + cut, total - cut
+        self._pending = {"done": True, "body": output, "cut": cut, "drop_cache": private and not keep_cache}
+        return rows(cut, total)
+
+    def after_text(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """End of a forward of the text model: put body and last token together, note the call on the cache."""
+        call, pending, self._pending = self.call, self._pending, None
+        if call is None or pending is None:
+            return None
+        call.done = pending["done"]
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            setattr(cache, CACHE_NOTE, call)
+        body = pending.get("body")
+        if body is not None:
+            cut = pending["cut"]
+            output.last_hidden_state = torch.cat([body.last_hidden_state[:, :cut], output.last_hidden_state], dim=1)
+            if getattr(output, "hidden_states", None) is not None:
+                output.hidden_states = tuple(
+                    torch.cat([a[:, :cut], b], dim=1)
+                    for a, b in zip(body.hidden_states, output.hidden_states, strict=True)
+                )
+        if pending.get("drop_cache"):
+            output.past_key_values = None
+        return output
+
+    def before_layer(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Reduce a layer's input for the methods that read it, while the prompt runs."""
+        call = self.call
+        if call is None or call.done:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        for method in self.active:
+            if method.read_hidden:
+                call.store_tokens(method, layer, method.read_tokens(hidden))
+
+
+class LayerHook:
+    """Pre-forward hook of one decoder layer (an object, so that it copies and pickles with the model)."""
+
+    def __init__(self, engine: Engine, layer: int) -> None:
+        self.engine, self.layer = engine, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hand the layer's input to the engine."""
+        self.engine.before_layer(self.layer, args, kwargs)
+
+
+def _padding(mask: Tensor | None, batch: int) -> list[int]:
+    """Number of padding columns before each row's prompt.
+
+    Raises:
+        ValueError: padding on the right or in the middle.
+    """
+    if mask is None:
+        return [0] * batch
+    kept = mask != 0
+    first = kept.int().argmax(1)
+    if not bool((kept.int().cumsum(1)[:, -1] == mask.shape[1] - first).all()):
+        raise ValueError('prompts must be padded on the left: processor.tokenizer.padding_side = "left"')
+    return first.tolist()
+
+
+def _named(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments by name."""
+    if not args:
+        return {}
+    names = [p for p in inspect.signature(module.forward).parameters if p != "self"]
+    return dict(zip(names, args, strict=False))

@@ -1,0 +1,236 @@
+"""The one file that touches names transformers does not document: configs' implementation field, masks, cache internals.
+
+Every function here has a contract test, so that a new release of the host shows up as a red test with a name.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# Versions the tests run against; a newer one warns once, it is not refused.
+TESTED = ("5.17", "5.23")
+
+# One name per mask format: the mask a model builds must be in the format of the implementation it had.
+NAMES = {"sdpa": "vlm_attn", "eager": "vlm_attn_eager"}
+
+# Arguments of text models that run along the sequence, and the dimension they do it in.
+SEQUENCE_ARGUMENTS = {
+    "inputs_embeds": 1,
+    "input_ids": 1,
+    "position_ids": -1,
+    "cache_position": -1,
+    "visual_pos_masks": 1,
+    "per_layer_inputs": 1,
+}
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def register(function: Attention) -> None:
+    """Register the attention function and the mask functions of both formats with the host."""
+    for base, mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+        AttentionInterface.register(NAMES[base], function)
+        AttentionMaskInterface.register(NAMES[base], mask)
+
+
+def warn_if_untested() -> None:
+    """Warn when the installed transformers is newer than the tested range."""
+    installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if installed > tuple(int(part) for part in TESTED[1].split(".")):
+        warnings.warn(
+            f"vlm_attn is tested with transformers {TESTED[0]} to {TESTED[1]}, this is {transformers.__version__}. "
+            "It will probably work; if something looks odd, compare with a tested version.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def check_editable(model: nn.Module, text_config: Any) -> str:
+    """The attention implementation of the text model, if it can be edited.
+
+    Raises:
+        NotImplementedError: the architecture does not route through the attention interface, or its implementation hides the
+            scores (flash, flex, paged).
+    """
+    for part in model.modules():
+        if getattr(part, "config", None) is text_config and hasattr(part, "_can_set_attn_implementation"):
+            if not part._can_set_attn_implementation():
+                raise NotImplementedError(
+                    f"{type(part).__name__} does not route its attention through transformers' AttentionInterface, "
+                    "so it cannot be edited"
+                )
+            break
+    base = text_config._attn_implementation
+    if base not in NAMES:
+        raise NotImplementedError(
+            f"attention implementation {base!r} cannot be edited. "
+            'Load the model with attn_implementation="sdpa" (or "eager") and patch again'
+        )
+    return base
+
+
+def base_attention(module: nn.Module, base: str) -> Attention:
+    """The function an attention module called before it was patched."""
+    if base == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def own_configs(model: nn.Module, text_config: Any, base: str) -> list[tuple[nn.Module, str, Any]]:
+    """Give a model its own text config that names our attention; returns what to put back.
+
+    Configs are shared: two models built from one config would otherwise switch together. Every submodule that holds the old
+    config (or the top-level one, which holds it in turn) is pointed to the copy.
+
+    Returns:
+        ``(module, attribute, old value)`` triples for :func:`restore`.
+    """
+    top = model.config
+    own_text = copy.copy(text_config)
+    replaced = {id(text_config): own_text}
+    if top is not text_config:
+        own_top = copy.copy(top)
+        for key in top.sub_configs:
+            if getattr(top, key, None) is text_config:
+                setattr(own_top, key, own_text)
+        replaced[id(top)] = own_top
+    own_text._attn_implementation = NAMES[base]
+    undo = []
+    for module in model.modules():
+        for attribute, value in list(vars(module).items()):
+            if id(value) in replaced:
+                undo.append((module, attribute, value))
+                setattr(module, attribute, replaced[id(value)])
+    return undo
+
+
+def restore(undo: list[tuple[nn.Module, str, Any]]) -> None:
+    """Put the original configs back."""
+    for module, attribute, value in undo:
+        setattr(module, attribute, value)
+
+
+# Caches
+
+
+def cached_length(cache: Any) -> int:
+    """Columns a cache holds, as a Python int (reads a tensor under a static cache: prompt only, never while decoding)."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def new_cache(text_config: Any) -> DynamicCache:
+    """An empty dynamic cache."""
+    return DynamicCache(config=text_config)
+
+
+def rewind(cache: Any, columns: int) -> None:
+    """Forget the newest columns of every layer.
+
+    Raises:
+        NotImplementedError: a sliding layer has already dropped older columns.
+    """
+    for layer in cache.layers:
+        length = getattr(layer, "cumulative_length", None)
+        if isinstance(length, Tensor):
+            if getattr(layer, "is_sliding", False):
+                raise NotImplementedError(
+                    "a static cache with sliding-window layers cannot be rewound: use a dynamic cache"
+                )
+            length.sub_(columns)
+        else:
+            layer.crop(-columns)
+
+
+def key_window(cache: Any, rows: int, layer: int) -> tuple[int, int]:
+    """``(length, first column)`` of the keys that a layer will return for ``rows`` new rows."""
+    length, offset = cache.get_mask_sizes(rows, layer)
+    return int(length), int(offset)
+
+
+def layer_of_type(text_config: Any, kind: str) -> int:
+    """Index of the first layer of a type, for dict masks."""
+    kinds = getattr(text_config, "layer_types", None) or []
+    return kinds.index(kind) if kind in kinds else 0
+
+
+# Arguments
+
+
+def slice_arguments(kwargs: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Rows ``start .. stop - 1`` of a text model's arguments; masks and everything else are left as they are."""
+    sliced = dict(kwargs)
+    for name, dim in SEQUENCE_ARGUMENTS.items():
+        value = sliced.get(name)
+        if isinstance(value, Tensor):
+            sliced[name] = value.narrow(dim, start, stop - start)
+    masks = kwargs.get("visual_pos_masks")
+    if isinstance(masks, Tensor) and kwargs.get("deepstack_visual_embeds") is not None:
+        before = int(masks[:, :start].sum())
+        here = int(sliced["visual_pos_masks"].sum())
+        sliced["deepstack_visual_embeds"] = (
+            [e[before : before + here] for e in kwargs["deepstack_visual_embeds"]] if here else None
+        )
+        if not here:
+            sliced["visual_pos_masks"] = None
+    return sliced
+
+
+def slice_mask(
+    mask: Any,
+    *,
+    start: int,
+    stop: int,
+    first: int,
+    windows: Mapping[str | None, tuple[int, int, int]],
+    like: Tensor,
+) -> Any:
+    """Rows ``start .. stop - 1`` of a prepared mask, with the columns the cache will return for them.
+
+    Args:
+        mask: None, 2-D, 4-D, or a dict of 4-D masks (or None) per layer type.
+        start: first row, counted from this forward's first.
+        stop: one past the last row.
+        first: absolute column of this forward's first row.
+        windows: per layer type (None for a mask that is no dict): length and first column of the keys for these rows, and the
+            first column of the given mask.
+        like: a float tensor whose device and dtype a new mask takes.
+
+    Returns:
+        The mask in the form it came in. A missing mask inside a dict is built from absolute columns: it stands for "causal",
+        which is wrong for a lone row over the unfilled slots of a static cache.
+    """
+    if isinstance(mask, dict):
+        return {kind: _slice_4d(part, start, stop, first, windows[kind], like) for kind, part in mask.items()}
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        return _slice_4d(mask, start, stop, first, windows[None], like)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, : first + stop]
+    return mask
+
+
+def _slice_4d(
+    mask: Tensor | None, start: int, stop: int, first: int, window: tuple[int, int, int], like: Tensor
+) -> Tensor:
+    length, offset, mask_offset = window
+    if mask is None:
+        columns = torch.arange(length, device=like.device) + offset
+        rows = torch.arange(start, stop, device=like.device) + first
+        return (columns <= rows[:, None])[None, None]
+    shift = offset - mask_offset
+    part = mask[..., start:stop, shift : shift + length]
+    lacking = length - part.shape[-1]
+    if lacking > 0:
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        part = nn.functional.pad(part, (0, lacking), value=hidden)
+    return part

@@ -1,0 +1,150 @@
+"""What a method is: a frozen dataclass that says what it reads and how it edits. One file each, see ``hallucination``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor
+
+from vlm_attn.kernels import Edit
+
+if TYPE_CHECKING:
+    from vlm_attn.call import Call
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a method may ask of a model when it is bound to it.
+
+    Attributes:
+        model_type: the config's model type.
+        layers: number of decoder layers.
+        heads: number of query heads.
+        hidden: hidden size.
+    """
+
+    model_type: str
+    layers: int
+    heads: int
+    hidden: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods. Parameters are the dataclass fields; a field that is None is filled from a preset.
+
+    Class attributes:
+        name: the name in the registry and on the command line.
+        paper: citation with its identifier.
+        edited_rows: ``"last"`` edits every row from the last prompt token on (the prompt then runs as body + last token);
+            ``"text"`` edits every text row after the first image as well.
+        read_hidden: whether :meth:`read_tokens` is called with every layer's input.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    edited_rows: ClassVar[Literal["last", "text"]] = "last"
+    read_hidden: ClassVar[bool] = False
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the parameters make the method a no-op. A neutral method is bypassed altogether."""
+        return False
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """Layers whose attention rows (:meth:`read_rows`) the method reads while the prompt runs."""
+        return ()
+
+    def bind(self, facts: ModelFacts) -> Method:
+        """Check the parameters against a model and return the method as it will run there.
+
+        Raises:
+            ValueError: a layer or dimension the model does not have.
+        """
+        return self
+
+    def start(self, call: Call, processor: Any) -> None:
+        """Check a prompt before anything runs.
+
+        Args:
+            call: the call, with its layout.
+            processor: what was given to ``patch``, or None.
+
+        Raises:
+            ValueError: the prompt lacks what the method needs.
+        """
+
+    def read_rows(self, call: Call) -> Tensor:
+        """``[B, R]`` prompt columns whose attention the method reads; -1 = none."""
+        raise NotImplementedError
+
+    def read_tokens(self, hidden: Tensor) -> Tensor:
+        """Reduce a layer's input ``[B, Q, D]`` to one number or flag per token ``[B, Q]``."""
+        raise NotImplementedError
+
+    def prompt_read(self, call: Call, rows: dict[int, Tensor]) -> None:
+        """Called once the prompt's body has run, before the first edited row.
+
+        Args:
+            call: the running call; the method's own results go to ``call.memory(self)``.
+            rows: for every layer of :attr:`read_layers`, attention ``[B, H, R, P]`` float32 of the rows of
+                :meth:`read_rows` to the prompt's columns.
+        """
+
+    def edit(self, call: Call, layer: int) -> Edit | None:
+        """The edit of a layer, or None where the method leaves it alone."""
+        raise NotImplementedError
+
+
+def check_layers(method: Method, field: str, layers: Sequence[int], facts: ModelFacts) -> None:
+    """Refuse layers the model does not have.
+
+    Raises:
+        ValueError: names the field, the layer and the allowed range.
+    """
+    bad = [layer for layer in layers if not 0 <= layer < facts.layers]
+    if bad:
+        raise ValueError(
+            f"{method.name}: {field}={tuple(layers)} names layer {bad[0]}, but {facts.model_type} has {facts.layers} "
+            f"decoder layers: allowed are 0..{facts.layers - 1}"
+        )
+
+
+def check_range(method: Method, field: str, low: float, high: float, *, open_low: bool = False) -> None:
+    """Refuse a number outside ``[low, high]`` (``(low, high]`` with ``open_low``).
+
+    Raises:
+        TypeError: not a number.
+        ValueError: names the field, the value and what is allowed.
+    """
+    value = getattr(method, field)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{method.name}: {field} must be a number, got {value!r}")
+    if not (low < value if open_low else low <= value) or not value <= high:
+        raise ValueError(f"{method.name}: {field}={value!r} is outside {'(' if open_low else '['}{low:g}, {high:g}]")
+
+
+def layer_tuple(method: Method, field: str) -> None:
+    """Turn a field given as an int or a sequence of ints into a tuple, in place of what was passed.
+
+    Raises:
+        TypeError: anything else.
+    """
+    value = getattr(method, field)
+    if value is None:
+        return
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value,)
+    try:
+        numbers = tuple(value)
+    except TypeError:
+        numbers = ("?",)
+    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise TypeError(f"{method.name}: {field} must be one or more integers such as (12, 13), got {value!r}")
+    object.__setattr__(method, field, numbers)
+
+
+__all__ = ["Edit", "Method", "ModelFacts", "check_layers", "check_range", "layer_tuple"]

@@ -1,0 +1,282 @@
+"""``patch`` and what undoes it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vlm_attn import host, presets, registry
+from vlm_attn.attention import TAG, Tag
+from vlm_attn.chat import read_template, tokenizer_of
+from vlm_attn.engine import Engine, LayerHook
+from vlm_attn.families import image_token_ids
+from vlm_attn.method import Method, ModelFacts
+
+Model = TypeVar("Model", bound=nn.Module)
+MethodLike = str | Method | Sequence["str | Method"]
+_REFUSED_CALLS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+def patch(
+    model: Model,
+    method: MethodLike,
+    *,
+    processor: Any = None,
+    preset: str | None = None,
+    query_span: Any = None,
+    replace: bool = False,
+    **parameters: Any,
+) -> Model:
+    """Edit how a vision-language model attends while it generates. Everything else about the model stays as it is.
+
+    Args:
+        model: a Hugging Face image-text-to-text model.
+        method: a registered name (see :func:`vlm_attn.methods`), an instance, or a list of either, applied in order.
+        processor: the model's processor; its chat template tells where the question stands and where the template's tail begins.
+            Without it, the question is all text after the last image.
+        preset: name or path of a preset with constants for this checkpoint; default: the one that fits the model's config.
+        query_span: the question's columns in the unpadded prompt, ``(start, stop)`` half open, or a callable
+            ``(input_ids, attention_mask) -> [(start, stop), ...]``. :func:`spans` overrides it per call.
+        replace: replace the methods of a model that is already patched.
+        **parameters: parameters of the method; only with a single name.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: unknown method, parameter out of range, layer beyond the model, processor of another model, already patched.
+        TypeError: parameters beside an instance or a list; unknown parameter.
+        NotImplementedError: an architecture or attention implementation that cannot be edited.
+        Nothing is changed when one of them is raised.
+    """
+    if is_patched(model) and not replace:
+        names = "+".join(m.name for m in engine_of(model).methods)
+        raise ValueError(
+            f"the model is already patched with {names!r}: call vlm_attn.unpatch(model) first, or pass replace=True"
+        )
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise TypeError(f"patch() takes a Hugging Face model, got {type(model).__name__}")
+    previous = engine_of(model) if is_patched(model) else None
+    top = _original(previous, model, "config") if previous else model.config
+    text_config = top.get_text_config(decoder=True)
+    if previous is None:
+        base = host.check_editable(model, text_config)
+        text_model, layers, attentions = find_decoder(model, text_config)
+    else:
+        base = next(b for b, ours in host.NAMES.items() if ours == previous.text_config._attn_implementation)
+        text_model, layers, attentions = find_decoder(model, previous.text_config)
+    images = image_token_ids(top)
+    facts = ModelFacts(
+        model_type=top.model_type,
+        layers=len(layers),
+        heads=text_config.num_attention_heads,
+        hidden=text_config.hidden_size,
+    )
+    methods = resolve(method, parameters, top, facts, preset)
+    template = None
+    if processor is not None:
+        check_processor(processor, top, text_config)
+        template = read_template(processor, images)
+
+    # Nothing has been touched up to here; from here on nothing can fail.
+    if previous is not None:
+        unpatch(model)
+    engine = Engine(model, text_model, methods, processor=processor, template=template, query_span=query_span)
+    engine.undo = host.own_configs(model, text_config, base)
+    engine.text_config = text_model.config
+    for index, attention in attentions:
+        setattr(attention, TAG, Tag(engine, index, base))
+    engine.handles = [
+        model.register_forward_pre_hook(engine.before_model, with_kwargs=True),
+        model.register_forward_hook(engine.after_model, with_kwargs=True, always_call=True),
+        text_model.register_forward_pre_hook(engine.before_text, with_kwargs=True),
+        text_model.register_forward_hook(engine.after_text, with_kwargs=True),
+    ]
+    if any(m.read_hidden for m in methods):
+        engine.handles += [
+            layer.register_forward_pre_hook(LayerHook(engine, index), with_kwargs=True)
+            for index, layer in enumerate(layers)
+        ]
+    setattr(model, TAG, engine)
+    if hasattr(type(model), "generate"):
+        model.generate = types.MethodType(_generate, model)  # type: ignore[assignment]
+    for name in _REFUSED_CALLS:
+        if hasattr(type(model), name):
+            setattr(model, name, types.MethodType(_refuse_batching, model))
+    host.warn_if_untested()
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo :func:`patch` exactly: hooks, configs, ``generate``, tags.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    engine = engine_of(model)
+    for handle in engine.handles:
+        handle.remove()
+    host.restore(engine.undo)
+    for module in model.modules():
+        module.__dict__.pop(TAG, None)
+    for name in ("generate", *_REFUSED_CALLS):
+        model.__dict__.pop(name, None)
+    return model
+
+
+@contextmanager
+def patched(model: Model, method: MethodLike, **options: Any) -> Iterator[Model]:
+    """:func:`patch` for the length of a ``with`` block; undone on leaving, also on an exception.
+
+    Args:
+        model: see :func:`patch`.
+        method: see :func:`patch`.
+        **options: see :func:`patch`; ``replace`` is not allowed.
+    """
+    if options.pop("replace", False):
+        raise ValueError("patched() cannot replace: leave the other patch first")
+    patch(model, method, **options)
+    try:
+        yield model
+    finally:
+        if is_patched(model):
+            unpatch(model)
+
+
+@contextmanager
+def spans(model: nn.Module, *, query: Any = None, visual: Any = None) -> Iterator[None]:
+    """Say where the question (and, for ``inputs_embeds``, the image) stands, for the calls inside the block.
+
+    Args:
+        model: a patched model.
+        query: one half-open ``(start, stop)`` per row, columns of the unpadded prompt.
+        visual: one ``(start, stop)`` or list of them per row.
+
+    Raises:
+        ValueError: the model is not patched; spans outside the prompt (when the call begins).
+    """
+    engine = engine_of(model)
+    before, engine.spans = engine.spans, {"query": query, "visual": visual}
+    try:
+        yield
+    finally:
+        engine.spans = before
+
+
+def is_patched(model: Any) -> bool:
+    """Whether a model is patched."""
+    return isinstance(getattr(model, "__dict__", {}).get(TAG), Engine)
+
+
+def engine_of(model: Any) -> Engine:
+    """The engine of a patched model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if not is_patched(model):
+        raise ValueError(f"this {type(model).__name__} is not patched: call vlm_attn.patch(model, method=...) first")
+    return model.__dict__[TAG]
+
+
+def resolve(
+    method: MethodLike, parameters: dict[str, Any], config: Any, facts: ModelFacts, preset: str | None
+) -> list[Method]:
+    """Names and instances to bound methods, with the preset's constants where a field is None.
+
+    Raises:
+        ValueError, TypeError: see :func:`patch`.
+    """
+    several = not isinstance(method, str | Method)
+    items: Sequence[str | Method] = method if several else [method]  # type: ignore[list-item,assignment]
+    if not items:
+        raise ValueError("no method given: pass a name such as 'gift', an instance, or a list of them")
+    if parameters and (several or isinstance(method, Method)):
+        raise TypeError(
+            f"parameters ({', '.join(parameters)}) go with a single name; "
+            "inside a list, give instances: [Gift(alpha=4.0), 'var']"
+        )
+    built = [
+        item if isinstance(item, Method) else registry.build(item, **{**_constants(item, config, preset), **parameters})
+        for item in items
+    ]
+    names = [m.name for m in built]
+    if len(set(names)) != len(names):
+        raise ValueError(f"each method can be applied once, got {'+'.join(names)}")
+    return [presets.complete(m, config, facts, preset).bind(facts) for m in built]
+
+
+def _constants(name: str, config: Any, preset: str | None) -> dict[str, Any]:
+    registry.method_class(name)  # an unknown name is the first thing to say
+    return presets.constants(name, config, preset)
+
+
+def find_decoder(
+    model: nn.Module, text_config: Any
+) -> tuple[nn.Module, Sequence[nn.Module], list[tuple[int, nn.Module]]]:
+    """The text model, its decoder layers and the attention module of each layer that has one.
+
+    Raises:
+        NotImplementedError: names what is missing for this family.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    text_model = next(
+        (
+            m
+            for m in model.modules()
+            if getattr(m, "config", None) is text_config and isinstance(getattr(m, "layers", None), nn.ModuleList)
+        ),
+        None,
+    )
+    if text_model is None:
+        raise NotImplementedError(f"{kind}: no text model with decoder layers was found under this model")
+    layers = list(text_model.layers)  # type: ignore[arg-type]
+    attentions = [
+        (index, module)
+        for index, layer in enumerate(layers)
+        if (module := getattr(layer, "self_attn", None)) is not None
+    ]
+    if not attentions:
+        raise NotImplementedError(f"{kind}: its decoder layers have no self_attn module to edit")
+    return text_model, layers, attentions
+
+
+def check_processor(processor: Any, config: Any, text_config: Any) -> None:
+    """Refuse the processor of another model.
+
+    Raises:
+        ValueError: its image token or vocabulary is not the model's.
+    """
+    tokenizer = tokenizer_of(processor)
+    expected = image_token_ids(config)
+    token = getattr(processor, "image_token", None)
+    own = getattr(processor, "image_token_id", None)
+    if own is None and isinstance(token, str):
+        own = tokenizer.convert_tokens_to_ids(token)
+    if own is not None and own not in expected:
+        raise ValueError(
+            f"this processor belongs to another model: its image token {token!r} has id {own}, the model expects {expected[0]}"
+        )
+    size, room = len(tokenizer), text_config.vocab_size
+    if size > room and max(expected) < room:
+        raise ValueError(f"this processor belongs to another model: it has {size} tokens, the model {room}")
+
+
+def _original(engine: Engine, model: nn.Module, attribute: str) -> Any:
+    return next((value for module, name, value in engine.undo if module is model and name == attribute), model.config)
+
+
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of the model's class, with the method applied (see ``vlm_attn.patch``)."""
+    return engine_of(self).generate(self, args, kwargs)
+
+
+def _refuse_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(
+        "continuous batching hides which keys belong to which prompt, so attention cannot be edited there: "
+        "use model.generate with a padded batch, or unpatch the model"
+    )

@@ -1,0 +1,103 @@
+"""Constants per checkpoint, as data files with their provenance."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vlm_attn.method import Method, ModelFacts
+from vlm_attn.registry import suggest
+
+FOLDER = Path(__file__).parent / "presets"
+
+
+@cache
+def bundled() -> dict[str, dict[str, Any]]:
+    """The presets that come with the package, by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def load(preset: str) -> dict[str, Any]:
+    """A preset by name or path.
+
+    Raises:
+        ValueError: neither a bundled name nor a readable JSON file with a ``methods`` table.
+    """
+    if preset in bundled():
+        return bundled()[preset]
+    path = Path(preset)
+    if not path.is_file():
+        raise ValueError(f"no preset named {preset!r} and no such file: {suggest(preset, bundled())}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"preset {path}: not readable as JSON ({error})") from error
+    if not isinstance(data, dict) or not isinstance(data.get("methods"), dict):
+        raise ValueError(f"preset {path}: needs an object with a 'methods' table")
+    return data
+
+
+def _value(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+def mismatch(preset: dict[str, Any], config: Any) -> str | None:
+    """The first fact of the preset's ``model`` table that the config does not meet, as text; None if it fits."""
+    for key, wanted in preset.get("model", {}).items():
+        found = _value(config, key)
+        if found != wanted:
+            return f"{key} is {found!r}, the preset is for {wanted!r}"
+    return None
+
+
+def constants(name: str, config: Any, preset: str | None) -> dict[str, Any]:
+    """A method's constants for a model.
+
+    Args:
+        name: the method.
+        config: the model's config.
+        preset: name or path; None = the bundled one whose ``model`` table fits the config.
+
+    Returns:
+        Parameters by name, empty if no preset fits and none was asked for.
+
+    Raises:
+        ValueError: the preset asked for is for another model, or has nothing for this method.
+    """
+    if preset is None:
+        fitting = [p for p in bundled().values() if name in p["methods"] and mismatch(p, config) is None]
+        found = fitting[0]["methods"][name] if fitting else {}
+    else:
+        data = load(preset)
+        reason = mismatch(data, config)
+        if reason:
+            raise ValueError(f"preset {preset!r} does not fit this model: {reason}")
+        if name not in data["methods"]:
+            raise ValueError(f"preset {preset!r} has nothing for {name!r}, only for: {', '.join(data['methods'])}")
+        found = data["methods"][name]
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+
+
+def complete(method: Method, config: Any, facts: ModelFacts, preset: str | None) -> Method:
+    """Fill the fields of a method that are still None.
+
+    Raises:
+        ValueError: a field stays None; the message says what to pass.
+    """
+    missing = [f.name for f in fields(method) if getattr(method, f.name) is None]
+    if not missing:
+        return method
+    known = constants(method.name, config, preset)
+    lacking = [name for name in missing if name not in known]
+    if lacking:
+        raise ValueError(
+            f"{method.name} needs {', '.join(lacking)} for this model ({facts.model_type}, {facts.layers} layers, hidden size "
+            f"{facts.hidden}) and no preset has it: pass {', '.join(f'{m}=...' for m in lacking)}, or preset= a preset's name "
+            f"or file. Bundled presets: {', '.join(bundled())}"
+        )
+    return replace(method, **{name: known[name] for name in missing})

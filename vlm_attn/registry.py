@@ -1,0 +1,78 @@
+"""Methods by name. Nothing is imported until a name is asked for."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from vlm_attn.method import Method
+
+METHODS = {
+    "gift": "vlm_attn.hallucination.gift:Gift",
+    "var": "vlm_attn.hallucination.var:Var",
+}
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What :func:`methods` says about a method."""
+
+    name: str
+    summary: str
+    paper: str
+    cls: type[Method]
+
+
+@cache
+def _targets() -> dict[str, str]:
+    """Name -> ``module:Class``, ours and those of installed packages (entry points ``vlm_attn.methods``)."""
+    found = {point.name: point.value for point in entry_points(group="vlm_attn.methods")}
+    return {**found, **METHODS}
+
+
+def suggest(wrong: str, known: Any) -> str:
+    """A "did you mean" for a message, or the list of what there is."""
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a registered method.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    targets = _targets()
+    if name not in targets:
+        raise ValueError(f"unknown method {name!r}: {suggest(name, targets)}")
+    module, _, attribute = targets[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def build(name: str, **parameters: Any) -> Method:
+    """An instance of a registered method.
+
+    Raises:
+        ValueError: unknown name, or a value out of range.
+        TypeError: unknown parameter, or a value of the wrong type.
+    """
+    cls = method_class(name)
+    known = [f.name for f in fields(cls)]
+    for parameter in parameters:
+        if parameter not in known:
+            raise TypeError(f"{name} has no parameter {parameter!r}: {suggest(parameter, known)}")
+    return cls(**parameters)
+
+
+def methods() -> dict[str, MethodInfo]:
+    """All registered methods by name, each with a one-line summary, its paper and its class."""
+    found = {}
+    for name in sorted(_targets()):
+        cls = method_class(name)
+        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        found[name] = MethodInfo(name=name, summary=summary, paper=cls.paper, cls=cls)
+    return found
