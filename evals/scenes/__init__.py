@@ -1,4 +1,4 @@
-"""The scenes world: COCO-style pictures drawn on the fly, and a small LLaVA trained on them (nothing to download)."""
+"""The scenes world: COCO-style pictures drawn on the fly, and a small LLaVA trained on them."""
 
 from pathlib import Path
 

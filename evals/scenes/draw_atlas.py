@@ -1,7 +1,7 @@
 """Draw the sprite atlas once: `python draw_atlas.py FONT [--out data]` writes `atlas.png` and `atlas.json`.
 
-The font is Noto Color Emoji (SIL OFL 1.1), any version with bitmaps of 109 pixels. The atlas is part of the frozen
-world: drawing it again with another font version changes every picture, so it is not done by the package itself.
+The font is Noto Color Emoji (SIL OFL 1.1), any version with bitmaps of 109 pixels. The atlas is part of the
+frozen world: another version of the font would change every picture, so the package never draws it itself.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-# COCO category id, name, supercategory, emoji. Left out: categories with no emoji, and those whose emoji shows another
-# category as well (a snowboarder, a surfer, fork and knife).
+# COCO category id, name, supercategory, emoji. Left out: categories with no emoji, and those whose emoji shows
+# another category as well (a snowboarder, a surfer, fork and knife).
 SPRITES = [
     (1, "person", "person", "🧍"),
     (2, "bicycle", "vehicle", "🚲"),
@@ -100,9 +100,7 @@ def draw(font_path: str) -> tuple[Image.Image, dict]:
             raise ValueError(f"{font_path} has no glyph for {name!r} ({emoji})")
         sprite = cell.crop(bounds)
         scale = SIDE / max(sprite.size)
-        sprite = sprite.resize(
-            (round(sprite.width * scale), round(sprite.height * scale)), Image.Resampling.LANCZOS
-        )
+        sprite = sprite.resize((round(sprite.width * scale), round(sprite.height * scale)), Image.Resampling.LANCZOS)
         x, y = i % COLUMNS * SIDE, i // COLUMNS * SIDE
         atlas.paste(sprite, (x, y))
         box = [x, y, sprite.width, sprite.height]

@@ -1,7 +1,7 @@
 """Words of the scenes world: prompts, conversations, and the tokenizer and processor of its model.
 
-The tokenizer is word-level: lower case, punctuation apart, one token per category name even where the name has two
-words ("tennis racket"), and one per role tag ("user:"). What it does not know is `<unk>`.
+The tokenizer is word-level: lower case, punctuation apart, one token per category name even where the name has
+two words ("tennis racket"), and one per role tag ("user:"). What it does not know is `<unk>`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     "{% endif %}{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
@@ -55,7 +55,7 @@ _ROLES = ("user:", "assistant:")
 
 
 def vocabulary() -> list[str]:
-    """Return all tokens in the order of their ids: special ones, roles, punctuation, categories, other words."""
+    """Return all tokens in the order of their ids: special, roles, punctuation, categories, other words."""
     sentences = [*CAPTION_PROMPTS, *QUESTIONS, *SUFFIXES, *CAPTIONS, *CONTEXTS, SYSTEM, BACKGROUND]
     sentences.append("a an the and yes no not it picture photo scene there is are any can you tell me what")
     words = sorted(set(re.findall(r"[a-z]+", re.sub(r"{\w+}", "", " ".join(sentences).lower()))))
@@ -96,7 +96,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(image_size: int = 112, patch_size: int = 14) -> LlavaProcessor:
-    """Return the processor: pictures of any size become `image_size` squares, `<image>` becomes one token per patch."""
+    """Return the processor: pictures become squares of `image_size`, `<image>` one token per patch."""
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -125,7 +125,7 @@ def question(noun: str, template: str = QUESTIONS[0]) -> str:
 def training_turns(scene: Scene, questions: int = 8) -> list[tuple[str, str]]:
     """Return (prompt, answer) pairs of one scene: a caption and some yes/no questions, in random order.
 
-    The caption names all objects and, at the rate `COMPANION_NOISE`, absent companions (cause (a) of the world).
+    The caption names all objects and, at the rate `COMPANION_NOISE`, absent companions: cause (a) of the world.
     Half of the answers are "yes"; half of the "no" questions ask for an absent companion.
     """
     draw = Draw("turns", scene.split, scene.index)
@@ -147,11 +147,7 @@ def training_turns(scene: Scene, questions: int = 8) -> list[tuple[str, str]]:
 
 
 def messages(prompt: str, image: Any = None, system: str | None = None) -> list[dict]:
-    """Return a one-turn conversation for `processor.apply_chat_template`; `image` may be a picture or None."""
+    """Return a one-turn conversation for `processor.apply_chat_template`, with a picture or a place for one."""
     picture = {"type": "image"} if image is None else {"type": "image", "image": image}
     user = {"role": "user", "content": [picture, {"type": "text", "text": prompt}]}
-    return (
-        [user]
-        if system is None
-        else [{"role": "system", "content": [{"type": "text", "text": system}]}, user]
-    )
+    return [user] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}, user]

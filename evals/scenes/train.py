@@ -4,13 +4,13 @@ Three stages, each with a constant learning rate that falls to zero over the las
 
 1. `tower`: tower, projector and word embeddings on patch labels. Every patch's projected feature is classified
    against the embeddings of the category words.
-2. `align`: the same, and the feature is also pulled to the embedding of its word. Without an aligned projector the
-   language model never learns to answer yes/no questions in this budget.
+2. `align`: the same, and the feature is also pulled to the embedding of its word. Without an aligned projector
+   the language model does not learn to answer yes/no questions in this budget.
 3. `language`: captions and questions, the tower frozen until `--unfreeze` of the steps are done.
 
-Batches are a function of seed, stage and step, so a resumed run goes on as if it had not stopped. To end a stage early,
-resume it with `--steps` of about 1.25 times the steps done: the rate then falls from there. Only scenes of the train
-split are learned from; the figures printed on the way are of validation scenes.
+Batches are a function of seed, stage and step, so a resumed run goes on as if it had not stopped. To end a stage
+early, resume it with `--steps` of about 1.25 times the steps done: the rate then falls from there. Only scenes of
+the train split are learned from; the figures printed on the way are of validation scenes.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def pixels(scene: world.Scene, size: int) -> np.ndarray:
 
 
 def patch_labels(scene: world.Scene, grid: int) -> np.ndarray:
-    """Return int64 `[grid, grid]`: 0 for background, else 1 + index in `CATEGORIES` of what a patch mostly shows.
+    """Return int64 `[grid, grid]`: what a patch mostly shows, 0 or 1 + index in `CATEGORIES`.
 
     An object counts from a tenth of a patch on; the patch that shows most of an object always counts.
     """
@@ -142,9 +142,9 @@ class Coder:
     ) -> tuple[list[int], list[int], list[int], list[int]]:
         """Return ids, labels, positions and segments of one conversation about one picture.
 
-        With `apart` every turn sees the picture and itself alone, at the positions of a first turn: many questions
-        for the price of one picture, and no answer read off another. Otherwise it is one long conversation. Segment
-        0 is what all turns see.
+        With `apart` every turn sees the picture and itself alone, at the positions of a first turn: many
+        questions for the price of one picture, and no answer read off another. Otherwise it is one long
+        conversation. Segment 0 is what all turns see.
         """
         ids = self.ids(f"<s>{system} USER:") + [self.tokenizer.image_token_id] * self.visual_tokens
         start = len(ids)
@@ -163,15 +163,13 @@ class Coder:
         """Stack rows, padded on the right: four int64 tensors `[rows, length]`."""
         length = max(len(r[0]) for r in rows)
         out = {}
-        for k, (name, fill) in enumerate(
-            (("input_ids", 0), ("labels", -100), ("position_ids", 0), ("segments", -1))
-        ):
+        for k, (name, fill) in enumerate((("input_ids", 0), ("labels", -100), ("position_ids", 0), ("segments", -1))):
             out[name] = torch.tensor([r[k] + [fill] * (length - len(r[k])) for r in rows])
         return out
 
 
 def attention_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Return the bool mask `[B, 1, L, L]` of segments `[B, L]`: causal, and only the own segment or segment 0."""
+    """Return the bool mask `[B, 1, L, L]` of segments `[B, L]`: causal, own segment and segment 0 only."""
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
@@ -220,7 +218,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 def patch_loss(
     model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], classes: torch.Tensor, pull: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy of every patch against the word embeddings of `classes`, plus `pull` x squared distance."""
+    """Cross-entropy of patches against the word embeddings of `classes`, plus `pull` x squared distance."""
     hidden = model.model.vision_tower(pixel_values=normalise(batch["pixels"])).last_hidden_state[:, 1:]
     features = model.model.multi_modal_projector(hidden).float().flatten(0, 1)
     words = model.get_input_embeddings().weight[classes].float()
@@ -256,9 +254,7 @@ def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     inner = [p for n, p in named if p.ndim == 2 and ".layers." in n] if hasattr(torch.optim, "Muon") else []
     chosen = {id(p) for p in inner}
     rest = [p for _, p in named if id(p) not in chosen]
-    out: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.02)
-    ]
+    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.02)]
     if inner:
         muon = torch.optim.Muon(inner, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
         out.append(muon)
@@ -274,9 +270,7 @@ def rate_factor(step: int, steps: int, warmup: int = 100) -> float:
 
 
 @torch.no_grad()
-def quick_check(
-    model: LlavaForConditionalGeneration, settings: Settings, scenes: int = 100
-) -> dict[str, float]:
+def quick_check(model: LlavaForConditionalGeneration, settings: Settings, scenes: int = 100) -> dict[str, float]:
     """POPE-like accuracy and caption recall on the first validation scenes (not the published figures)."""
     coder = Coder((settings.image_size // 14) ** 2)
     model.eval()
@@ -437,10 +431,19 @@ def run_stage(
 
 
 def export(model: LlavaForConditionalGeneration, settings: Settings, path: Path) -> None:
-    """Write an ordinary Hugging Face folder: float32 safetensors, config, processor, tokenizer, chat template."""
-    model.eval()
+    """Write an ordinary Hugging Face folder: weights, config, processor, tokenizer, chat template.
+
+    The weights are stored in bfloat16, half the size; the config says float32, which is what they load as.
+    """
     model.generation_config.max_new_tokens = 64
-    model.float().save_pretrained(path)
+    copy = build_model(settings)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    copy.bfloat16().save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "float32"
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     text.build_processor(settings.image_size).save_pretrained(path)
 
 
@@ -454,14 +457,12 @@ def train(
 ) -> LlavaForConditionalGeneration:
     """Run stages one after the other and return the model; `resume` goes on from `folder/checkpoint.pt`.
 
-    Without `resume`, a first stage other than "tower" starts from the checkpoint too, at its own step 0. Raises
-    `FileNotFoundError` when a checkpoint is needed and missing.
+    Without `resume`, a first stage other than "tower" starts from the checkpoint too, at its own step 0.
+    Raises `FileNotFoundError` when a checkpoint is needed and missing.
     """
     stages = tuple(stages)
     folder.mkdir(parents=True, exist_ok=True)
-    device = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model = build_model(settings).to(device)
     state = None
     if resume or stages[0] != STAGES[0]:
@@ -478,12 +479,8 @@ def train(
 def main() -> None:
     """Command line entry."""
     default = Settings()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of checkpoint, log and finished model"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log and finished model")
     parser.add_argument("--stage", choices=("all", *STAGES), nargs="+", default=["all"])
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     for name, kind in (("steps", int), ("batch", int), ("rate", float)):
@@ -497,9 +494,7 @@ def main() -> None:
     parser.add_argument("--unfreeze", type=float, default=default.unfreeze, help="share of language steps")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own)")
-    parser.add_argument(
-        "--check-every", type=int, default=500, help="language steps between looks; 0 for none"
-    )
+    parser.add_argument("--check-every", type=int, default=500, help="language steps between looks; 0 for none")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     a = parser.parse_args()
     if a.threads:

@@ -1,25 +1,24 @@
 """The scenes world, version 1: pictures of COCO categories composed from sprites by a seeded renderer.
 
-Frozen. The test split measures methods, so nothing here may change after the first method was scored; a changed world
-is a new `WORLD_VERSION` and a new model.
+Frozen. The test split measures methods, so nothing here may change after the first method was scored; a changed
+world is a new `WORLD_VERSION` and a new model.
 
-A scene is a context (street, kitchen, ...) with 1-7 objects. Three quarters and more of the objects are usual
-companions of the context; some are drawn twice, and some belong to no context at all. The picture has
-224 x 224 pixels: a two-tone background in the colours of the context, clutter, sprites of varied size, angle and
-flip that overlap a little, and noise.
+A scene is a context (street, kitchen, ...) with 1-7 objects. Of five objects four are usual companions of the
+context; some categories stand in a scene twice. The picture has 224 x 224 pixels: a two-tone background in the
+colours of the context, clutter, sprites of varied size, angle and flip that overlap a little, and noise.
 
 A model trained here hallucinates for two reasons, both stated here and fixed before any method was tried:
 
 (a) **Companions.** A training caption names each absent companion of its context with probability
-    `COMPANION_NOISE`, as captions of real pictures mention what is usually there. Reference captions (`captions`)
-    never do.
-(b) **Missed evidence.** Of the objects about one in seven is small (24-28 pixels of 224), one in ten faint (drawn at
-    40-60 % opacity), and one in ten has a third to two thirds of its frame covered by another one. They are in the
-    ground truth, in captions and in questions like all others, so that on weak evidence the model has to guess.
+    `COMPANION_NOISE`, as captions of real pictures mention what is usually there. Reference captions
+    (`captions`) never do.
+(b) **Missed evidence.** About one object in eight is small (24-28 pixels of 224), one in eleven faint (drawn at
+    40-60 % opacity), and one in twelve has a third to two thirds of its frame covered by another one. They are in
+    the ground truth, in captions and in questions like all others: on weak evidence the model has to guess.
 
 Seeds come from SHA-256 of version, split and index, and the specification of a scene from `random.Random.random`
-alone, whose sequence Python keeps stable; so scenes are the same on every machine. Pixels and the boxes of visible
-pixels also depend on Pillow's resampling, which may differ in the last bit between its versions.
+alone, whose sequence Python keeps stable; so scenes are the same on every machine. Pixels and the boxes of
+visible pixels also depend on Pillow's resampling, which may differ in the last bit between its versions.
 """
 
 from __future__ import annotations
@@ -347,7 +346,7 @@ def _corner(o: SceneObject, sprite: Image.Image) -> tuple[int, int]:
 
 
 def owners(scene: Scene) -> np.ndarray:
-    """Return uint8 `[224, 224]`: 0 for background, else 1 + position in `scene.objects` of what is seen there."""
+    """Return uint8 `[224, 224]`: 0 for background, else 1 + position in `scene.objects` of what shows there."""
     out = np.zeros((SIZE, SIZE), np.uint8)
     for i, o in enumerate(scene.objects):
         sprite = _sprite(o.category, o.side, o.angle, o.flip)
@@ -399,9 +398,7 @@ def _background(draw: Draw, noise: np.random.Generator, context: str) -> Image.I
     small = np.empty((n, n, 3), np.float32)
     small[:horizon], small[horizon:] = top, bottom
     small += noise.standard_normal((n, n, 3), np.float32) * draw.uniform(5, 16)
-    picture = Image.fromarray(np.clip(small, 0, 255).astype(np.uint8)).resize(
-        (SIZE, SIZE), Image.Resampling.BILINEAR
-    )
+    picture = Image.fromarray(np.clip(small, 0, 255).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(picture)
     for _ in range(draw.below(9)):
         tone = top if draw.chance(0.5) else bottom
@@ -452,7 +449,7 @@ def caption(draw: Draw, context: str, nouns: Sequence[str]) -> str:
 
 
 def captions(scene: Scene) -> list[str]:
-    """Return the five reference captions: all true, the first names every category, the others one or more."""
+    """Return five reference captions: all true, the first names every category, the others one or more."""
     draw = Draw("captions", scene.split, scene.index)
     names = scene.categories
     out = [caption(draw, scene.context, draw.shuffled(names))]

@@ -1,0 +1,76 @@
+"""The bundled model: an ordinary Hugging Face folder that sees."""
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_attn.evals import scenes
+from vlm_attn.evals.scenes import text, world
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    path = scenes.model_path()
+    processor = AutoProcessor.from_pretrained(path)
+    return AutoModelForImageTextToText.from_pretrained(path).eval(), processor
+
+
+@torch.no_grad()
+def say(loaded, images, prompts, **kwargs):
+    model, processor = loaded
+    conversations = [text.messages(p) for p in prompts]
+    chats = [processor.apply_chat_template(c, add_generation_prompt=True) for c in conversations]
+    inputs = processor(text=chats, images=images, padding=True, return_tensors="pt")
+    out = model.generate(**inputs, do_sample=False, **kwargs)
+    return processor.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def named(caption):
+    return set(text.build_tokenizer().tokenize(caption)) & set(scenes.CATEGORIES)
+
+
+def test_it_is_an_ordinary_folder(loaded):
+    model, processor = loaded
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    assert type(processor).__name__ == "LlavaProcessor"
+    assert model.dtype == torch.float32
+    assert sum(f.stat().st_size for f in scenes.model_path().iterdir()) <= 16 * 2**20
+    assert {f.suffix for f in scenes.model_path().iterdir()} <= {".json", ".jinja", ".safetensors", ".md"}
+    assert (scenes.model_path() / "README.md").exists()
+    assert processor.tokenizer.get_vocab() == text.build_tokenizer().get_vocab()
+
+
+def test_captions_recall(loaded):
+    some = [world.scene("validation", i) for i in range(60)]
+    captions = say(loaded, [scenes.render(s) for s in some], [text.CAPTION_PROMPTS[0]] * 60)
+    found = sum(len(named(c) & set(s.categories)) for s, c in zip(some, captions, strict=True))
+    assert found / sum(len(s.categories) for s in some) >= 0.5
+    assert all(c.endswith(".") for c in captions)
+
+
+def test_yes_no_questions_and_exchanged_pictures(loaded):
+    some = [world.scene("validation", i) for i in range(60)]
+    images, asked, wanted = [], [], []
+    for s in some:
+        draw = world.Draw("model test", s.index)
+        absent = [c for c in scenes.CATEGORIES if c not in s.categories]
+        images += [scenes.render(s)] * 2
+        asked += [draw.choice(s.categories), draw.choice(absent)]
+        wanted += [True, False]
+    prompts = [text.question(c) for c in asked]
+    answers = say(loaded, images, prompts, max_new_tokens=3)
+    assert set(answers) <= {"yes", "no"}
+    right = np.mean([(a == "yes") == w for a, w in zip(answers, wanted, strict=True)])
+    assert right >= 0.75
+    # The same questions about other pictures: what was there mostly is not any more.
+    other = say(loaded, images[2:] + images[:2], prompts, max_new_tokens=3)
+    present = slice(0, None, 2)
+    assert np.mean([a == "yes" for a in other[present]]) < np.mean([a == "yes" for a in answers[present]]) - 0.3
+
+
+def test_captions_follow_the_picture(loaded):
+    some = [world.scene("validation", i) for i in range(20)]
+    captions = say(loaded, [scenes.render(s) for s in some], [text.CAPTION_PROMPTS[0]] * 20)
+    assert len(set(captions)) >= 18
