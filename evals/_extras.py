@@ -23,6 +23,4 @@ def require(module: str, extra: str = "evals") -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.partition(".")[0]
-        raise ImportError(
-            f'{name} is not installed, and this needs it: pip install "vlm-attn[{extra}]"'
-        ) from error
+        raise ImportError(f'{name} is not installed, and this needs it: pip install "vlm-attn[{extra}]"') from error

@@ -64,9 +64,7 @@ class Vocabulary:
     @classmethod
     def load(cls, path: str | Path | None = None) -> Vocabulary:
         """Read a vocabulary file; default: the 80 COCO categories."""
-        table = json.loads(
-            Path(path or Path(__file__).parent / "data" / "coco_objects.json").read_text("utf-8")
-        )
+        table = json.loads(Path(path or Path(__file__).parent / "data" / "coco_objects.json").read_text("utf-8"))
         double_words = dict(table["double_words"])
         for animal in table["young_or_adult"]:
             double_words |= {f"baby {animal}": animal, f"adult {animal}": animal}
@@ -93,10 +91,7 @@ class Vocabulary:
 
     def tokens(self, caption: str) -> list[tuple[str, int, int]]:
         """Base forms with their character positions, double words merged from left to right."""
-        words = [
-            (self.lemma(match.group().lower()), match.start(), match.end())
-            for match in _TOKEN.finditer(caption)
-        ]
+        words = [(self.lemma(match.group().lower()), match.start(), match.end()) for match in _TOKEN.finditer(caption)]
         merged: list[tuple[str, int, int]] = []
         position = 0
         while position < len(words):

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Order of preference when a folder holds several: (instances file, captions file, image folders).
 LAYOUTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -39,9 +39,7 @@ def read_json(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a UTF-8 text file (byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
-        ) from error
+        raise ValueError(f"{path}: not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})") from error
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -87,9 +85,10 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not a picture (no image format that Pillow knows)") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "the file").replace(repr(str(path)), "the file")
-        raise ValueError(f"{path}: cannot be read as an image ({reason})") from error
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
 
 
 @dataclass
@@ -136,9 +135,7 @@ class CocoDataset:
         objects: dict[int, dict[str, None]] = {image["id"]: {} for image in self.instances["images"]}
         for annotation in self.instances["annotations"]:
             if annotation["category_id"] not in names:
-                raise ValueError(
-                    f"{self.name}: an annotation has unknown category {annotation['category_id']}"
-                )
+                raise ValueError(f"{self.name}: an annotation has unknown category {annotation['category_id']}")
             if annotation["image_id"] in objects:
                 objects[annotation["image_id"]][names[annotation["category_id"]]] = None
         return {image_id: list(found) for image_id, found in objects.items()}
@@ -203,9 +200,7 @@ class CocoDataset:
         captions = read_json(captions_file) if captions_file.is_file() else None
         for file, content in ((instances_file, instances), (captions_file, captions)):
             if content is not None and not isinstance(content, dict):
-                raise ValueError(
-                    f"{file}: not COCO's format: expected an object, got {type(content).__name__}"
-                )
+                raise ValueError(f"{file}: not COCO's format: expected an object, got {type(content).__name__}")
         try:
             return cls(
                 name=f"{folder.name}:{key}" if key else folder.name,
@@ -223,8 +218,7 @@ class _FolderImages:
     def __init__(self, root: Path, folders: Sequence[str], instances: dict[str, Any]) -> None:
         self.root, self.folders = root, folders
         self.names = {
-            image["id"]: image.get("file_name") or f"{image['id']:012d}.jpg"
-            for image in instances.get("images") or []
+            image["id"]: image.get("file_name") or f"{image['id']:012d}.jpg" for image in instances.get("images") or []
         }
 
     def __call__(self, image_id: int) -> Image.Image:

@@ -66,6 +66,8 @@ def load_model(
             raise ValueError(f"model {name!r}: this folder has no config.json, so it is not a saved model")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"model {name!r}: no such folder")
+    else:
+        _check_hub(name)
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -73,15 +75,9 @@ def load_model(
     options = {"trust_remote_code": trust_remote_code}
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=wanted, use_safetensors=True, **options
-        )
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model {name!r} cannot be loaded: {_first_line(error)} "
-            f"(expected {SCENES!r}, a folder made by save_pretrained, or a hub id such as "
-            "'llava-hf/llava-1.5-7b-hf')"
-        ) from error
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or not hasattr(processor, "image_processor"):
         raise ValueError(f"model {name!r}: its processor does not take both text and images")
@@ -89,6 +85,23 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), processor
+
+
+def _check_hub(name: str) -> None:
+    """Ask the hub once and briefly: transformers itself would retry each of many files for minutes."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    expected = f"expected {SCENES!r}, a folder made by save_pretrained, or a hub id"
+    try:
+        if huggingface_hub.try_to_load_from_cache(name, "config.json") is None:
+            huggingface_hub.model_info(name, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise ValueError(f"model {name!r}: no such folder, and no such model on the hub ({expected})") from error
+    except Exception as error:  # whatever the HTTP library of the day raises when there is no network
+        raise ValueError(
+            f"model {name!r}: no such folder, and the Hugging Face hub cannot be reached ({expected})"
+        ) from error
 
 
 def weights_hash(model: Any) -> str:

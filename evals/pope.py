@@ -80,9 +80,7 @@ def build_questions(
             beside[name].update(other for other in names if other != name)
     # Ties are broken by name, so that the questions do not depend on the order of the file.
     popular = sorted(frequency, key=lambda name: (-frequency[name], name))
-    neighbours = {
-        name: sorted(count, key=lambda other: (-count[other], other)) for name, count in beside.items()
-    }
+    neighbours = {name: sorted(count, key=lambda other: (-count[other], other)) for name, count in beside.items()}
 
     suitable = [image_id for image_id, names in objects.items() if len(names) >= per_image]
     if not suitable:
@@ -101,9 +99,7 @@ def build_questions(
         for image_id in drawn:
             asked = set(objects[image_id])
             for present in objects[image_id][:per_image]:
-                ranking = {"random": [], "popular": popular, "adversarial": neighbours.get(present, [])}[
-                    split
-                ]
+                ranking = {"random": [], "popular": popular, "adversarial": neighbours.get(present, [])}[split]
                 absent = next((name for name in ranking if name not in asked), None)
                 if absent is None:
                     absent = generator.choice([name for name in popular if name not in asked])
@@ -248,9 +244,5 @@ def summarise(answers: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[st
     return summary
 
 
-def _metrics(
-    splits: Sequence[Mapping[str, tuple[list[float], list[float]]]], seed: int
-) -> dict[str, Metric | int]:
-    return {
-        name: mean_of_ratios([split[name] for split in splits], scale=100.0, seed=seed) for name in METRICS
-    }
+def _metrics(splits: Sequence[Mapping[str, tuple[list[float], list[float]]]], seed: int) -> dict[str, Metric | int]:
+    return {name: mean_of_ratios([split[name] for split in splits], scale=100.0, seed=seed) for name in METRICS}

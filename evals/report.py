@@ -34,14 +34,18 @@ def results_table(results: Mapping[str, Any]) -> Group:
     config, counts, columns = results["config"], results["counts"], COLUMNS[results["eval"]]
     pope = results["eval"] == "pope"
     groups = list(dict.fromkeys(group for metrics in results["metrics"].values() for group in metrics))
-    if pope and len(groups) == 2:
-        groups.remove("mean")  # of one split: the same again
+    # Not twice the same: the mean of one split, reference captions that name nothing beyond the annotations.
+    if (pope and len(groups) == 2) or (
+        not pope and all(len({str(m[group]) for group in groups}) == 1 for m in results["metrics"].values())
+    ):
+        groups = groups[:1]
     tables = []
     for group in groups:
-        table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column({"mean": "mean of the splits"}.get(group, group), style="bold", overflow="fold")
+        name = {"mean": "mean of the splits"}.get(group, f"ground truth: {group}" if not pope else group)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=name, title_justify="left")
+        table.add_column("", style="bold", overflow="fold", min_width=10)
         for title in columns.values():
-            table.add_column(title, justify="right", no_wrap=True)
+            table.add_column(title, justify="right", no_wrap=True, min_width=9)
         if pope:
             table.add_column("unparsed", justify="right", no_wrap=True)
         for label, metrics in results["metrics"].items():

@@ -72,9 +72,7 @@ class _Store:
         self.folder = folder
         self.records: list[dict[str, Any]] = []
 
-    def resume(
-        self, config: dict[str, Any], expected: Sequence[tuple[str, int]], batch: Sequence[int]
-    ) -> None:
+    def resume(self, config: dict[str, Any], expected: Sequence[tuple[str, int]], batch: Sequence[int]) -> None:
         """Load what an earlier run with the same config finished.
 
         Args:
@@ -90,9 +88,7 @@ class _Store:
         results, samples = self.folder / "results.json", self.folder / "samples.jsonl"
         if not results.exists():
             if samples.exists():
-                raise ValueError(
-                    f"{self.folder}: has samples.jsonl but no results.json; choose another --out"
-                )
+                raise ValueError(f"{self.folder}: has samples.jsonl but no results.json; choose another --out")
             return
         try:
             earlier = json.loads(results.read_text(encoding="utf-8"))["config"]
@@ -107,9 +103,7 @@ class _Store:
                 f"({changed[0]}: {was}, now {now}); choose another --out"
             )
         records = []
-        for line in (
-            samples.read_text(encoding="utf-8", errors="replace").split("\n") if samples.exists() else []
-        ):
+        for line in samples.read_text(encoding="utf-8", errors="replace").split("\n") if samples.exists() else []:
             try:
                 record = json.loads(line)
                 key = (record["method"], record["sample"])
@@ -168,6 +162,7 @@ def run(
 
     Raises:
         ValueError: ``out`` holds a run with another config.
+        ValueError, TypeError, NotImplementedError: a method cannot be applied to this model; before any run.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
@@ -178,7 +173,7 @@ def run(
         "weights": weights_hash(model),
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "methods": {spec.label: spec.describe() for spec in specs},
+        "methods": {spec.label: spec.describe(model, processor) for spec in specs},
         "data": task.dataset.name,
         "images": len(task.image_ids),
         "image_ids_sha256": image_ids_hash(task.image_ids),

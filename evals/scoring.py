@@ -38,9 +38,7 @@ def score_chair(
     known = set(dataset.image_ids)
     kept = [record for record in records if record["image_id"] in known]
     if not kept:
-        raise ValueError(
-            f"{captions}: none of its {len(records)} captions is about an image of {dataset.name}"
-        )
+        raise ValueError(f"{captions}: none of its {len(records)} captions is about an image of {dataset.name}")
     variant = variant or chair.default_variant(dataset)
     if variant == "instances+captions" and not dataset.captions:
         raise ValueError(f"{data}: has no reference captions; use --variant instances")
@@ -49,9 +47,7 @@ def score_chair(
         {
             "image_id": record["image_id"],
             "answer": record["caption"],
-            "score": vocabulary.score(
-                record["caption"], vocabulary.truth(dataset, record["image_id"], variant)
-            ),
+            "score": vocabulary.score(record["caption"], vocabulary.truth(dataset, record["image_id"], variant)),
         }
         for record in kept
     ]

@@ -27,33 +27,45 @@ class MethodSpec:
     names: tuple[str, ...] = ()
     params: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def build(self) -> list[Any]:
+    def build(self, model: Any = None) -> list[Any]:
         """Method instances, in order.
+
+        Args:
+            model: its preset's constants are used where ``params`` say nothing; None: defaults only.
 
         Raises:
             ValueError, TypeError: unknown method or parameter, or a value outside its range.
         """
-        from vlm_attn import registry
+        from vlm_attn import presets, registry
 
-        return [registry.build(name, **self.params.get(name, {})) for name in self.names]
+        known = {name: presets.constants(name, model.config, None) if model else {} for name in self.names}
+        return [registry.build(name, **(known[name] | self.params.get(name, {}))) for name in self.names]
 
     def applied(self, model: Any, processor: Any) -> contextlib.AbstractContextManager[Any]:
-        """Context in which the model is patched with this spec; does nothing for the baseline."""
+        """Context in which the model is patched with this spec; does nothing for the baseline.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: what ``vlm_attn.patch`` refuses.
+        """
         if not self.names:
             return contextlib.nullcontext(model)
         import vlm_attn
 
-        return vlm_attn.patched(model, self.build(), processor=processor)
+        return vlm_attn.patched(model, self.build(model), processor=processor)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Names and all parameters, defaults included, as plain data for a results file."""
-        return [
-            {
-                "name": name,
-                "params": _plain(method) if dataclasses.is_dataclass(method) else self.params.get(name, {}),
-            }
-            for name, method in zip(self.names, self.build(), strict=True)
-        ]
+    def describe(self, model: Any, processor: Any) -> list[dict[str, Any]]:
+        """Names and all parameters as they run on this model, as plain data for a results file.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: the model cannot be patched with this spec.
+        """
+        if not self.names:
+            return []
+        from vlm_attn.patching import engine_of
+
+        with self.applied(model, processor):
+            methods = engine_of(model).methods
+        return [{"name": method.name, "params": _plain(method)} for method in methods]
 
 
 def _plain(method: Any) -> dict[str, Any]:

@@ -186,10 +186,7 @@ def chair_task(
     def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {
             name: chair.summarise(
-                [
-                    vocabulary.score(r["answer"], vocabulary.truth(dataset, r["image_id"], name))
-                    for r in records
-                ]
+                [vocabulary.score(r["answer"], vocabulary.truth(dataset, r["image_id"], name)) for r in records]
             )
             for name in sorted(variants, key=lambda name: name != variant)
         }

@@ -127,8 +127,15 @@ MaxNewTokens = Annotated[
 
 
 def _quiet_libraries() -> None:
-    """Keep loading bars and notices of the libraries out of our own output."""
+    """Keep loading bars of the libraries out of our output, and show warnings as one line each."""
+    import warnings
+
     from transformers.utils import logging
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        typer.echo(f"Note: {' '.join(str(message).split())}", err=True)
+
+    warnings.showwarning = note
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
