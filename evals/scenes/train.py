@@ -11,6 +11,9 @@ Three stages, each with a constant learning rate that falls to zero over the las
 Batches are a function of seed, stage and step, so a resumed run goes on as if it had not stopped. To end a stage
 early, resume it with `--steps` of about 1.25 times the steps done: the rate then falls from there. Only scenes of
 the train split are learned from; the figures printed on the way are of validation scenes.
+
+`torchrun --nproc-per-node N -m vlm_attn.evals.scenes.train ...` splits every batch over N processes. On a CPU that
+others use too, one single-threaded process per core (`--threads 1`) is faster than one process with many threads.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -177,10 +181,10 @@ def attention_mask(segments: torch.Tensor) -> torch.Tensor:
 
 
 class Batches(torch.utils.data.Dataset):
-    """The batches of a stage by step."""
+    """The batches of a stage by step, or the `part`-th of `parts` equal shares of each."""
 
-    def __init__(self, stage: str, settings: Settings):
-        self.stage, self.settings = stage, settings
+    def __init__(self, stage: str, settings: Settings, part: int = 0, parts: int = 1):
+        self.stage, self.settings, self.part, self.parts = stage, settings, part, parts
         self.size = settings.batch[STAGES.index(stage)]
         self.grid = settings.image_size // 14
         self.coder: Coder | None = None
@@ -190,7 +194,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         first = _FIRST_SCENE[self.stage] + self.settings.seed * 1_000_000_000 + step * self.size
-        scenes = [world.scene("train", first + i) for i in range(self.size)]
+        scenes = [world.scene("train", first + i) for i in range(self.part, self.size, self.parts)]
         out: dict[str, torch.Tensor] = {}
         out["pixels"] = torch.from_numpy(np.stack([pixels(s, self.settings.image_size) for s in scenes]))
         if self.stage != "language":
@@ -246,6 +250,16 @@ def language_loss(
     asked = torch.isin(wanted, yes_no)
     right = (logits[asked].argmax(-1) == wanted[asked]).float().mean().item()
     return loss, {"yes_no_right": right}
+
+
+def share_gradients(model: nn.Module) -> None:
+    """Average the gradients over all processes."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
@@ -374,6 +388,8 @@ def run_stage(
     )
     yes_no = yes_no.to(device)
     tuned = optimizers(model, rate)
+    together = distributed.is_available() and distributed.is_initialized()
+    part, parts = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
     first = 0
     if resume is not None:
         first = resume["step"]
@@ -381,7 +397,7 @@ def run_stage(
             optimizer.load_state_dict(state)
     last = min(steps, stop_at or steps)
     loader = torch.utils.data.DataLoader(
-        Batches(stage, settings),
+        Batches(stage, settings, part, parts),
         batch_size=None,
         sampler=range(first, last),
         num_workers=workers,
@@ -391,10 +407,12 @@ def run_stage(
     saved = time.monotonic()
 
     def checkpoint(step: int) -> None:
+        if part:
+            return
         state = {"stage": stage, "step": step, "settings": asdict(settings), "model": model.state_dict()}
         save(folder / "checkpoint.pt", state | {"optimizers": [o.state_dict() for o in tuned]})
 
-    bar = tqdm(loader, initial=first, total=steps, desc=stage, mininterval=5)
+    bar = tqdm(loader, initial=first, total=steps, desc=stage, mininterval=5, disable=part > 0)
     step, seconds = first, time.monotonic()
     try:
         for batch in bar:
@@ -410,12 +428,14 @@ def run_stage(
                 else:
                     loss, figures = patch_loss(model, batch, class_ids, 0.01 if stage == "align" else 0.0)
             loss.backward()
+            if together:
+                share_gradients(model)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in tuned:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            if step % log_every == 0:
+            if step % log_every == 0 and part == 0:
                 figures |= {"loss": loss.item(), "seconds": time.monotonic() - seconds}
                 bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k != "seconds"}, refresh=False)
                 if check_every and stage == "language" and step % check_every == 0:
@@ -462,7 +482,9 @@ def train(
     """
     stages = tuple(stages)
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():
+        device = torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
     model = build_model(settings).to(device)
     state = None
     if resume or stages[0] != STAGES[0]:
@@ -497,12 +519,18 @@ def main() -> None:
     parser.add_argument("--check-every", type=int, default=500, help="language steps between looks; 0 for none")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     a = parser.parse_args()
+    together = "WORLD_SIZE" in os.environ
+    if together:
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill saves a checkpoint, like Ctrl-C
     if a.threads:
         torch.set_num_threads(a.threads)
     settings = Settings(tuple(a.steps), tuple(a.batch), tuple(a.rate), unfreeze=a.unfreeze, seed=a.seed)
     stages = STAGES if "all" in a.stage else tuple(a.stage)
     model = train(settings, a.out, stages, resume=a.resume, check_every=a.check_every, workers=a.workers)
-    if stages[-1] == "language":
+    if stages[-1] == "language" and not (together and distributed.get_rank()):
         export(model, settings, a.out / "model")
 
 
