@@ -1,0 +1,154 @@
+"""Shared by the tests of the engine and of the methods: settings for the tiny models, runs, comparisons, margins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+import vlm_attn
+from vlm_attn.hallucination import gift as gift_file
+from vlm_attn.hallucination.var import Var
+
+Inputs = dict[str, Any]
+T = TypeVar("T")
+
+# Every tiny model has four layers. Layer 0 lies below the layer the map is read from, as in the preset of Qwen2-VL.
+ACTIVE: dict[str, dict[str, Any]] = {
+    "gift": dict(saliency_layers=(1,), enhance_layers=(0, 2, 3), alpha=3.0, query_words="all"),
+    "var": dict(sink_dims=(3, 7), tau=1.5, rho=0.1, visual_floor=0.02),
+}
+NEUTRAL = {"gift": {**ACTIVE["gift"], "alpha": 0.0}, "var": {**ACTIVE["var"], "p": 0.0}}
+# How far a choice between heads (log mass) or a gate (mass) must be from tipping over, against rounding of about 1e-6.
+MARGIN = 1e-5
+
+
+def logits(model: Any, inputs: Inputs, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs, **options).logits
+
+
+def generate(model: Any, inputs: Inputs, new: int = 6, **options: Any) -> tuple[Tensor, Tensor]:
+    """New tokens ``[B, new]`` and their logits ``[new, B, V]``, greedy unless told otherwise."""
+    options = {"do_sample": False, **options}
+    with torch.no_grad():
+        out = model.generate(
+            **inputs, max_new_tokens=new, output_logits=True, return_dict_in_generate=True, **options
+        )
+    return out.sequences[:, -len(out.logits) :], torch.stack(out.logits)
+
+
+def same(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], tolerance: float = 1e-5) -> None:
+    """Equal tokens, logits equal relative to their scale."""
+    assert got[0].tolist() == wanted[0].tolist()
+    close(got[1], wanted[1], tolerance)
+
+
+def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    assert got.shape == wanted.shape
+    error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
+
+
+def differ(got: Tensor, wanted: Tensor, least: float = 1e-3) -> None:
+    """The opposite of :func:`close`."""
+    error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+    assert error >= least, f"relative difference {error:.2e} < {least:.0e}"
+
+
+def stock(run: Callable[[], T]) -> T:
+    """What the plain model does; skips with its words where it fails by itself."""
+    try:
+        return run()
+    except Exception as error:
+        pytest.skip(f"stock transformers: {type(error).__name__}: {str(error)[:200]}")
+
+
+def alone(inputs: Inputs, row: int, images: Sequence[int]) -> Inputs:
+    """One row of a left-padded batch, as a batch of its own.
+
+    Args:
+        inputs: the batch.
+        row: the row.
+        images: number of images of every row.
+    """
+    first = int(inputs["attention_mask"][row].argmax())
+    before, count = sum(images[:row]), images[row]
+    single = {}
+    for name, value in inputs.items():
+        if value.shape[:2] == inputs["input_ids"].shape:
+            single[name] = value[row : row + 1, first:]
+        else:
+            each = len(value) // sum(images)
+            single[name] = value[before * each : (before + count) * each]
+    return single
+
+
+class Margins:
+    """How close the discrete choices of a run came to tipping over."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def add(self, value: Tensor) -> None:
+        value = value[value.isfinite()]
+        if value.numel():
+            self.values.append(float(value.abs().min()))
+
+    def check(self, least: float = MARGIN) -> None:
+        assert self.values, "nothing was recorded"
+        assert min(self.values) > least, f"a choice is {min(self.values):.1e} from tipping over: choose another fixture"
+
+
+@contextmanager
+def margins() -> Iterator[Margins]:
+    """Record the margins of both methods: heads at the edge of the chosen half, gates and sinks at their thresholds."""
+    found = Margins()
+    top_heads, reweigh, read = gift_file.top_heads, Var.reweigh, Var.read_tokens
+
+    def recorded_heads(score: Tensor, share: float) -> Tensor:
+        count = max(1, int(score.shape[1] * share))
+        ordered = score.sort(dim=1, descending=True).values
+        if count < score.shape[1]:
+            found.add(ordered[:, count - 1] - ordered[:, count])
+        return top_heads(score, share)
+
+    def recorded_gate(self: Var, log_mass: Tensor) -> Tensor:
+        _, visual, _, visual_sink = log_mass.exp().unbind(-1)
+        seen = visual + visual_sink
+        found.add(seen - self.visual_floor)
+        found.add((visual - self.rho * seen)[seen > self.visual_floor])
+        return reweigh(self, log_mass)
+
+    def recorded_sinks(self: Var, hidden: Tensor) -> Tensor:
+        value = hidden[..., list(self.sink_dims or ())].abs().amax(-1) / hidden.square().mean(-1).sqrt()
+        found.add(value - self.tau)
+        return read(self, hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gift_file, "top_heads", recorded_heads)
+        patch.setattr(Var, "reweigh", recorded_gate)
+        patch.setattr(Var, "read_tokens", recorded_sinks)
+        yield found
+
+
+class Force(LogitsProcessor):
+    """Make a generation follow given tokens ``[B, new]``; the logits before it are what the model said."""
+
+    def __init__(self, tokens: Tensor, prompt: int) -> None:
+        self.tokens, self.prompt = tokens, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.prompt
+        forced = torch.full_like(scores, -float("inf"))
+        return forced.scatter(1, self.tokens[:, step : step + 1], 0.0)
+
+
+def on(model: Any, method: str, **changes: Any) -> Any:
+    """``vlm_attn.patched`` with the settings above."""
+    return vlm_attn.patched(model, method, **{**ACTIVE[method], **changes})
