@@ -1,7 +1,7 @@
 """GIFT: gaze-shift guided cross-modal fusion enhancement (arXiv 2510.22067).
 
-Where does the attention of the question's words *move* to on the image, word by word? Those places are boosted for every
-later row, and the question is boosted by the same ratio, so that the balance between the two stays.
+Where does the attention of the question's words *move* to on the image, word by word? Those places are boosted for
+every later row, and the question is boosted by the same ratio, so that the balance between the two stays.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Gift(Method):
         heads: share of heads that are used, for the map and for each of the two boosts. Range (0, 1].
         clip_sigma: the map is clipped to its mean +- this many standard deviations before it is scaled to [0, 1].
 
-    Deviations from the released code: batched; the last prompt token is run once, edited, on top of one plain prefill instead
-    of two prefills (exact for causal models); every occurrence of a repeated word counts; a question token that is also the
-    last token of the prompt (no template tail) does not count for the map.
+    Deviations from the released code: batched; the last prompt token is run once, edited, on top of one plain prefill
+    instead of two prefills (exact for causal models); every occurrence of a repeated word counts; a question token
+    that is also the last token of the prompt (no template tail) does not count for the map.
     """
 
     name: ClassVar[str] = "gift"
@@ -127,7 +127,8 @@ class Gift(Method):
     def reweigh(self, log_mass: Tensor) -> Tensor:
         """Steps 6-8 in log space: ``[B, H, Q, 4]`` log masses to log weights.
 
-        ``Hv`` and ``Hq`` are the heads with the most visual and question mass, chosen per row; r is one ratio per row and layer.
+        ``Hv`` and ``Hq`` are the heads with the most visual and question mass, chosen per row; r is one ratio per row
+        and layer.
         """
         visual, query, boosted = (log_mass[..., i] for i in (VISUAL, QUERY, BOOSTED))
         looks, asks = top_heads(visual, self.heads), top_heads(query, self.heads)

@@ -1,7 +1,7 @@
 """VAR: visual attention redistribution ("See what you are told: visual attention sink", arXiv 2503.03321, ICLR 2025).
 
-A few tokens, the sinks, draw attention without meaning. In heads that look at the image, part of what the sinks draw is given to
-the other image tokens, in proportion to what these already get.
+A few tokens, the sinks, draw attention without meaning. In heads that look at the image, part of what the sinks draw
+is given to the other image tokens, in proportion to what these already get.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Var(Method):
         rho: a head is image-centric where at least this share of its visual attention is on non-sinks. Range 0..1.
         p: share of the sinks' attention that is moved. Range 0..1.
         visual_floor: ... and where it gives the image at least this much in all. Range 0..1.
-        code_parity: do what the released code does instead of the paper: ``p`` is the share that *stays*, ``rho`` bounds the
-            sinks' share from above, ``> tau``, layers 0 and 1 untouched, the last layer edited, a layer without a visual sink
-            left alone.
+        code_parity: do what the released code does instead of the paper: ``p`` is the share that *stays*, ``rho``
+            bounds the sinks' share from above, ``> tau``, layers 0 and 1 untouched, the last layer edited, a layer
+            without a visual sink left alone.
         layers: layers to edit; empty = all but the last (with ``code_parity``: all but the first two).
 
-    Paper form: all text rows from the image on, all layers but the last. Sinks are looked for among the prompt's tokens, as the
-    released code does (the paper: the whole sequence), so beams need no state of their own.
+    Paper form: all text rows from the image on, all layers but the last. Sinks are looked for among the prompt's
+    tokens, as the released code does (the paper: the whole sequence), so beams need no state of their own.
     """
 
     name: ClassVar[str] = "var"

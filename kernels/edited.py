@@ -6,8 +6,8 @@ With ``M[b, s, n]`` the membership of key ``s`` in segment ``n`` and ``p`` the p
     w       = exp(policy(log mass))               (one factor per head, row and segment)
     p'_s    = p_s (M w)_s / sum_s p_s (M w)_s
 
-which is ``softmax(logits + bias)`` with a bias that is constant on every segment. A column of M may hold ``exp(weight)``
-instead of 1 on the keys of a segment: the weighted twin, through which a saliency map enters.
+which is ``softmax(logits + bias)`` with a bias that is constant on every segment. A column of M may hold
+``exp(weight)`` instead of 1 on the keys of a segment: the weighted twin, through which a saliency map enters.
 
 This is the PyTorch path, used on every device so far; ``reference.py`` states the same through log-sum-exps.
 """
@@ -37,7 +37,8 @@ class Edit:
     def over(self, length: int, offset: int | Tensor = 0) -> Tensor:
         """Membership ``[B, length, N]`` of the keys at columns ``offset .. offset + length - 1``.
 
-        Columns beyond the prompt belong to segment 0. The buffer grows in steps, so that a decode loop seldom pays for it.
+        Columns beyond the prompt belong to segment 0. The buffer grows in steps, so that a decode loop seldom pays
+        for it.
         """
         if isinstance(offset, Tensor):
             columns = torch.arange(length, device=self.segments.device) + offset

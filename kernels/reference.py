@@ -1,7 +1,7 @@
 """Slow, readable twins, in any float dtype up to float64: the oracle of every faster path.
 
-Segmented attention keeps, per head and row, for each segment its own log-sum-exp and normalised partial output; the edited
-output is then a weighted recombination, so the full attention map is never needed:
+Segmented attention keeps, per head and row, for each segment its own log-sum-exp and normalised partial output; the
+edited output is then a weighted recombination, so the full attention map is never needed:
 
     combine(lse, out, w) = sum_n w_n e^lse_n out_n / sum_n w_n e^lse_n
 """

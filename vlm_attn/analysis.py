@@ -24,10 +24,12 @@ def saliency(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> lis
     Args:
         model: a model, patched or not.
         inputs: what the processor returned.
-        **options: for a model that is not patched: parameters of :func:`vlm_attn.patch` (``processor=``, ``saliency_layers=`` ...).
+        **options: for a model that is not patched: parameters of :func:`vlm_attn.patch` (``processor=``,
+            ``saliency_layers=`` ...).
 
     Returns:
-        For every image in order a float32 tensor ``[h, w]`` in [0, 1] on the CPU; ``[1, n]`` for families without a grid.
+        For every image in order a float32 tensor ``[h, w]`` in [0, 1] on the CPU; ``[1, n]`` for families without a
+        grid.
 
     Raises:
         ValueError: the model is patched with methods that make no map; whatever :func:`vlm_attn.patch` raises.

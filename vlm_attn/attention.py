@@ -1,7 +1,7 @@
 """The attention function transformers calls in a patched model.
 
-It looks at the tag on the attention module. Without a tag, or with nothing to do in this layer and step, it goes straight to the
-implementation the model had.
+It looks at the tag on the attention module. Without a tag, or with nothing to do in this layer and step, it goes
+straight to the implementation the model had.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where the user's question stands in a prompt, read off the processor's chat template.
 
-transformers offers nothing for this. Rendering the template with two different questions shows which tokens belong to the
-template: what the two renderings share at the end is the tail (` ASSISTANT:`), what stands between the image and the question is
-the gap, and what stands between two turns is the header of a later turn.
+transformers offers nothing for this. Rendering the template with two different questions shows which tokens belong to
+the template: what the two renderings share at the end is the tail (` ASSISTANT:`), what stands between the image and
+the question is the gap, and what stands between two turns is the header of a later turn.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def read_template(processor: Any, image_token_ids: Sequence[int]) -> ChatTemplat
 def find_question(ids: Sequence[int], visual: Sequence[bool], template: ChatTemplate | None) -> tuple[Span, int]:
     """Columns of the question in one unpadded prompt.
 
-    With a template whose tail ends the prompt, the question is the text of the last user turn that follows its image; without
-    one it is everything after the last image.
+    With a template whose tail ends the prompt, the question is the text of the last user turn that follows its image;
+    without one it is everything after the last image.
 
     Args:
         ids: token ids of the unpadded prompt.
@@ -113,7 +113,8 @@ def find_question(ids: Sequence[int], visual: Sequence[bool], template: ChatTemp
         template: from :func:`read_template`, or None.
 
     Returns:
-        The half-open span of the question (``start == stop`` when nothing follows the image) and the length of the tail.
+        The half-open span of the question (``start == stop`` when nothing follows the image) and the length of the
+        tail.
     """
     ids = list(ids)
     last_image = max((i for i, flag in enumerate(visual) if flag), default=-1)
@@ -176,7 +177,8 @@ def _warn_once(message: str) -> None:
 def informative_tokens(call: Call, processor: Any) -> Tensor | None:
     """Informative words of every question of a call.
 
-    Needs spaCy with ``en_core_web_sm``, the processor and token ids; without one of them all words count, which is said once.
+    Needs spaCy with ``en_core_web_sm``, the processor and token ids; without one of them all words count, which is
+    said once.
 
     Args:
         call: the call.

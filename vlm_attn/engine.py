@@ -1,8 +1,9 @@
 """Runs methods inside a patched model: hooks on the model, its text model and its layers, and the bound ``generate``.
 
-A method that edits the last prompt row needs the whole prompt to have been read first. The prompt therefore runs as *body* (every
-row but the last, unedited) and then *last token* (edited): exact for causal families, because no earlier row sees the last one.
-Families whose prompt rows see the whole prompt run it all and then run the last token once more.
+A method that edits the last prompt row needs the whole prompt to have been read first. The prompt therefore runs as
+*body* (every row but the last, unedited) and then *last token* (edited): exact for causal families, because no
+earlier row sees the last one. Families whose prompt rows see the whole prompt run it all and then run the last token
+once more.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -224,10 +225,8 @@ class Engine:
         if self._depth or not self.active:
             return
         self.call = self._pending = None
-        try:
+        with suppress(RuntimeError):  # the call was refused before it began
             self._lock.release()
-        except RuntimeError:
-            pass  # the call was refused before it began
 
     def before_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,7 +1,7 @@
 """What the engine must know of a model family, as a table.
 
-A family that is not in the table still works if its text model, image token and decoder layers can be found by the general
-rules; its images then have no grid (``[1, n]``).
+A family that is not in the table still works if its text model, image token and decoder layers can be found by the
+general rules; its images then have no grid (``[1, n]``).
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
     ids = tuple(dict.fromkeys(int(i) for i in found if isinstance(i, int)))
     if not ids:
         raise NotImplementedError(
-            f"model type {config.model_type!r}: its config has no image_token_id, so the image's columns cannot be found"
+            f"model type {config.model_type!r}: its config has no image_token_id, "
+            "so the image's columns cannot be found"
         )
     return ids
 

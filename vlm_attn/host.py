@@ -1,4 +1,4 @@
-"""The one file that touches names transformers does not document: configs' implementation field, masks, cache internals.
+"""The one file that touches what transformers does not document: the implementation field, masks, cache internals.
 
 Every function here has a contract test, so that a new release of the host shows up as a red test with a name.
 """
@@ -60,8 +60,8 @@ def check_editable(model: nn.Module, text_config: Any) -> str:
     """The attention implementation of the text model, if it can be edited.
 
     Raises:
-        NotImplementedError: the architecture does not route through the attention interface, or its implementation hides the
-            scores (flash, flex, paged).
+        NotImplementedError: the architecture does not route through the attention interface, or its implementation
+            hides the scores (flash, flex, paged).
     """
     for part in model.modules():
         if getattr(part, "config", None) is text_config and hasattr(part, "_can_set_attn_implementation"):
@@ -90,8 +90,8 @@ def base_attention(module: nn.Module, base: str) -> Attention:
 def own_configs(model: nn.Module, text_config: Any, base: str) -> list[tuple[nn.Module, str, Any]]:
     """Give a model its own text config that names our attention; returns what to put back.
 
-    Configs are shared: two models built from one config would otherwise switch together. Every submodule that holds the old
-    config (or the top-level one, which holds it in turn) is pointed to the copy.
+    Configs are shared: two models built from one config would otherwise switch together. Every submodule that holds
+    the old config (or the top-level one, which holds it in turn) is pointed to the copy.
 
     Returns:
         ``(module, attribute, old value)`` triples for :func:`restore`.
@@ -202,13 +202,13 @@ def slice_mask(
         start: first row, counted from this forward's first.
         stop: one past the last row.
         first: absolute column of this forward's first row.
-        windows: per layer type (None for a mask that is no dict): length and first column of the keys for these rows, and the
-            first column of the given mask.
+        windows: per layer type (None for a mask that is no dict): length and first column of the keys for these rows,
+            and the first column of the given mask.
         like: a float tensor whose device and dtype a new mask takes.
 
     Returns:
-        The mask in the form it came in. A missing mask inside a dict is built from absolute columns: it stands for "causal",
-        which is wrong for a lone row over the unfilled slots of a static cache.
+        The mask in the form it came in. A missing mask inside a dict is built from absolute columns: it stands for
+        "causal", which is wrong for a lone row over the unfilled slots of a static cache.
     """
     if isinstance(mask, dict):
         return {kind: _slice_4d(part, start, stop, first, windows[kind], like) for kind, part in mask.items()}

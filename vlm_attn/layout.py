@@ -1,7 +1,7 @@
 """Which column of the prompt is what: system text, image, question, template tail, padding.
 
-The layout covers the prompt only. Every column from the prompt's end on is GENERATED, whatever its token id, so nothing has
-to be extended while decoding, and beams stay within their sample (rows repeat).
+The layout covers the prompt only. Every column from the prompt's end on is GENERATED, whatever its token id, so
+nothing has to be extended while decoding, and beams stay within their sample (rows repeat).
 """
 
 from __future__ import annotations

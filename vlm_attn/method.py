@@ -38,8 +38,8 @@ class Method:
     Class attributes:
         name: the name in the registry and on the command line.
         paper: citation with its identifier.
-        edited_rows: ``"last"`` edits every row from the last prompt token on (the prompt then runs as body + last token);
-            ``"text"`` edits every text row after the first image as well.
+        edited_rows: ``"last"`` edits every row from the last prompt token on (the prompt then runs as body + last
+            token); ``"text"`` edits every text row after the first image as well.
         read_hidden: whether :meth:`read_tokens` is called with every layer's input.
     """
 

@@ -36,9 +36,10 @@ def patch(
     Args:
         model: a Hugging Face image-text-to-text model.
         method: a registered name (see :func:`vlm_attn.methods`), an instance, or a list of either, applied in order.
-        processor: the model's processor; its chat template tells where the question stands and where the template's tail begins.
-            Without it, the question is all text after the last image.
-        preset: name or path of a preset with constants for this checkpoint; default: the one that fits the model's config.
+        processor: the model's processor; its chat template tells where the question stands and where the template's
+            tail begins. Without it, the question is all text after the last image.
+        preset: name or path of a preset with constants for this checkpoint; default: the one that fits the model's
+            config.
         query_span: the question's columns in the unpadded prompt, ``(start, stop)`` half open, or a callable
             ``(input_ids, attention_mask) -> [(start, stop), ...]``. :func:`spans` overrides it per call.
         replace: replace the methods of a model that is already patched.
@@ -48,7 +49,8 @@ def patch(
         The same object.
 
     Raises:
-        ValueError: unknown method, parameter out of range, layer beyond the model, processor of another model, already patched.
+        ValueError: unknown method, parameter out of range, layer beyond the model, processor of another model,
+            already patched.
         TypeError: parameters beside an instance or a list; unknown parameter.
         NotImplementedError: an architecture or attention implementation that cannot be edited.
         Nothing is changed when one of them is raised.
@@ -259,7 +261,8 @@ def check_processor(processor: Any, config: Any, text_config: Any) -> None:
         own = tokenizer.convert_tokens_to_ids(token)
     if own is not None and own not in expected:
         raise ValueError(
-            f"this processor belongs to another model: its image token {token!r} has id {own}, the model expects {expected[0]}"
+            f"this processor belongs to another model: its image token {token!r} has id {own}, "
+            f"the model expects {expected[0]}"
         )
     size, room = len(tokenizer), text_config.vocab_size
     if size > room and max(expected) < room:

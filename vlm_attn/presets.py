@@ -96,8 +96,8 @@ def complete(method: Method, config: Any, facts: ModelFacts, preset: str | None)
     lacking = [name for name in missing if name not in known]
     if lacking:
         raise ValueError(
-            f"{method.name} needs {', '.join(lacking)} for this model ({facts.model_type}, {facts.layers} layers, hidden size "
-            f"{facts.hidden}) and no preset has it: pass {', '.join(f'{m}=...' for m in lacking)}, or preset= a preset's name "
-            f"or file. Bundled presets: {', '.join(bundled())}"
+            f"{method.name} needs {', '.join(lacking)} for this model ({facts.model_type}, {facts.layers} layers, "
+            f"hidden size {facts.hidden}) and no preset has it: pass {', '.join(f'{m}=...' for m in lacking)}, "
+            f"or preset= a preset's name or file. Bundled presets: {', '.join(bundled())}"
         )
     return replace(method, **{name: known[name] for name in missing})

@@ -1,0 +1,237 @@
+"""What an edit costs: patched-neutral, gift and var against the plain model, paired in one run.
+
+The model is a LLaVA with random weights (>= 0.1 B parameters, 576 visual tokens): speed does not depend on the
+weights. Times come from native ``generate()`` through a streamer: prefill is the time to the first token, decode the
+median time between tokens. Every repetition runs all variants in a shuffled order; a ratio is taken within its
+repetition and the median over repetitions is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import vlm_attn
+from vlm_attn.hallucination import Gift, Var
+
+Variant = tuple[str, Any]
+
+
+def build_model(layers: int, hidden: int, device: str, dtype: torch.dtype) -> Any:
+    """A LLaVA with random weights: CLIP-shaped 24 x 24 patches, Llama-shaped text model."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=336,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=32000,
+            hidden_size=hidden,
+            intermediate_size=hidden * 8 // 3 // 64 * 64,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 64,
+            max_position_embeddings=2048,
+        ),
+        image_token_index=31999,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).to(device=device, dtype=dtype).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def variants(layers: int, hidden: int) -> dict[str, list[Any] | None]:
+    """The things compared. Layers scale with the presets of LLaVA-1.5-7B: saliency at 11/32, enhancement of 12..22 of 32."""
+    band = tuple(range(layers * 12 // 32, layers * 23 // 32))
+    gift: dict[str, Any] = {"saliency_layers": (layers * 11 // 32,), "enhance_layers": band, "query_words": "all"}
+    var: dict[str, Any] = {"sink_dims": (0, hidden // 2), "tau": 2.5, "rho": 0.5, "visual_floor": 0.2}
+    return {
+        "plain": None,
+        "neutral": [Gift(**gift, alpha=0.0), Var(**var, p=0.0)],
+        "gift": [Gift(**gift)],
+        "var": [Var(**var)],
+    }
+
+
+class _Clock:
+    """A streamer that only looks at the clock."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.synchronize, self.times = synchronize, []  # type: ignore[var-annotated]
+
+    def put(self, value: torch.Tensor) -> None:
+        self.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def time_once(model: Any, inputs: dict[str, Any], methods: list[Any] | None, tokens: int) -> tuple[float, float]:
+    """Seconds of the prefill and of one decoded token (median)."""
+    clock = _Clock(torch.cuda.synchronize if inputs["input_ids"].is_cuda else lambda: None)
+    if methods:
+        vlm_attn.patch(model, methods)
+    try:
+        model.generate(**inputs, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, streamer=clock)
+    finally:
+        if methods:
+            vlm_attn.unpatch(model)
+    steps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    return steps[0], statistics.median(steps[1:])
+
+
+def run(
+    *, layers: int, hidden: int, text_tokens: int, tokens: int, repeats: int, device: str, dtype: str, seed: int
+) -> dict[str, Any]:
+    """Measure; see :func:`overhead` for the parameters.
+
+    Returns:
+        The result as it is written to JSON.
+    """
+    model = build_model(layers, hidden, device, getattr(torch, dtype))
+    parameters = sum(p.numel() for p in model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(3, 31000, (1, text_tokens), generator=generator)
+    image = torch.full((1, 576), 31999)
+    inputs = {
+        "input_ids": torch.cat([text[:, : text_tokens // 2], image, text[:, text_tokens // 2 :]], 1).to(device),
+        "pixel_values": torch.randn(1, 3, 336, 336, generator=generator).to(device=device, dtype=getattr(torch, dtype)),
+    }
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    compared = variants(layers, hidden)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in compared}
+    order = list(compared)
+    shuffle = random.Random(seed)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=(repeats + 1) * len(order))
+        for repeat in range(-1, repeats):  # the first round warms up
+            shuffle.shuffle(order)
+            for name in order:
+                measured = time_once(model, inputs, compared[name], tokens)
+                if repeat >= 0:
+                    times[name].append(measured)
+                progress.advance(task)
+    ratios = {}
+    for name in compared:
+        if name == "plain":
+            continue
+        prefill = [a[0] / b[0] for a, b in zip(times[name], times["plain"], strict=True)]
+        decode = [a[1] / b[1] for a, b in zip(times[name], times["plain"], strict=True)]
+        extra = [(a[0] - b[0]) / b[1] for a, b in zip(times[name], times["plain"], strict=True)]
+        ratios[name] = {
+            "prefill": _summary(prefill),
+            "decode": _summary(decode),
+            "prefill_extra_in_tokens": _summary(extra),
+        }
+    return {
+        "schema_version": 1,
+        "benchmark": "overhead",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": {
+            "layers": layers,
+            "hidden": hidden,
+            "parameters": parameters,
+            "visual_tokens": 576,
+            "text_tokens": text_tokens,
+            "new_tokens": tokens,
+            "repeats": repeats,
+            "dtype": dtype,
+            "seed": seed,
+        },
+        "device": torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "vlm_attn": vlm_attn.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "ratios_to_plain": ratios,
+    }
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+
+
+def overhead(
+    layers: Annotated[int, typer.Option(help="Decoder layers.", min=4)] = 12,
+    hidden: Annotated[int, typer.Option(help="Hidden size, a multiple of 64.", min=64)] = 768,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens around the image.", min=8)] = 30,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode per run.", min=3)] = 32,
+    repeats: Annotated[int, typer.Option(help="Paired repetitions.", min=1)] = 15,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of inputs and order.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")
+    ] = None,
+) -> None:
+    """What an edit costs, against the plain model, paired in one run: prefill and decode apart.
+
+    Example: vlm-attn bench overhead --repeats 15 --json overhead.json
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = run(
+        layers=layers,
+        hidden=hidden,
+        text_tokens=text_tokens,
+        tokens=tokens,
+        repeats=repeats,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    config = result["config"]
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("", "prefill", "decode, per token", "prefill extra, in tokens"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, ratio in result["ratios_to_plain"].items():
+        cells = [
+            f"{ratio[k]['median']:.3f}x [{ratio[k]['p20']:.3f}, {ratio[k]['p80']:.3f}]" for k in ("prefill", "decode")
+        ]
+        table.add_row(name, *cells, f"{ratio['prefill_extra_in_tokens']['median']:.2f}")
+    console = Console()
+    console.print(
+        f"random-weight LLaVA, {config['parameters'] / 1e6:.0f} M parameters, 576 visual + {text_tokens} text tokens, "
+        f"{tokens} new tokens, {dtype} on {result['device']}, {result['threads']} threads; "
+        f"median [p20, p80] of {repeats} paired runs against the plain model"
+    )
+    console.print(table)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Entry of ``vlm-attn bench overhead``."""
+    typer.run(overhead)
+    return 0
