@@ -501,4 +501,4 @@ def dataset(split: str = "validation", limit: int | None = None) -> CocoDataset:
         raise ValueError(f"the {split} split is endless: give a limit")
     count = limit if size is None else size if limit is None else min(limit, size)
     instances, texts = annotations(split, range(count or 0))
-    return CocoDataset(f"scenes-{split}", instances, texts, lambda image_id: render(scene_of(image_id)))
+    return CocoDataset(f"scenes:{split}", instances, texts, lambda image_id: render(scene_of(image_id)))
