@@ -51,6 +51,7 @@ class Engine:
         self.processor = processor
         self.template = template
         self.query_span = query_span
+        self.base = "sdpa"  # implementation the model had
         self.force = False  # run neutral methods through the edit path too
         self.call: Call | None = None
         self.spans: dict[str, Any] | None = None
@@ -183,7 +184,7 @@ class Engine:
             finally:
                 self.call, self._depth, self._pending = outer, outer_depth, None
 
-    def generate(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The class's own ``generate`` inside a call."""
         stock = type(model).generate
         if not self.active:

@@ -56,7 +56,7 @@ def warn_if_untested() -> None:
         )
 
 
-def check_editable(model: nn.Module, text_config: Any) -> str:
+def check_editable(model: Any, text_config: Any) -> str:
     """The attention implementation of the text model, if it can be edited.
 
     Raises:
@@ -87,7 +87,7 @@ def base_attention(module: nn.Module, base: str) -> Attention:
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
-def own_configs(model: nn.Module, text_config: Any, base: str) -> list[tuple[nn.Module, str, Any]]:
+def own_configs(model: Any, text_config: Any, base: str) -> list[tuple[nn.Module, str, Any]]:
     """Give a model its own text config that names our attention; returns what to put back.
 
     Configs are shared: two models built from one config would otherwise switch together. Every submodule that holds

@@ -63,13 +63,13 @@ def patch(
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"patch() takes a Hugging Face model, got {type(model).__name__}")
     previous = engine_of(model) if is_patched(model) else None
-    top = _original(previous, model, "config") if previous else model.config
+    top: Any = _original(previous, model, "config") if previous else model.config
     text_config = top.get_text_config(decoder=True)
     if previous is None:
         base = host.check_editable(model, text_config)
         text_model, layers, attentions = find_decoder(model, text_config)
     else:
-        base = next(b for b, ours in host.NAMES.items() if ours == previous.text_config._attn_implementation)
+        base = previous.base
         text_model, layers, attentions = find_decoder(model, previous.text_config)
     images = image_token_ids(top)
     facts = ModelFacts(
@@ -88,6 +88,7 @@ def patch(
     if previous is not None:
         unpatch(model)
     engine = Engine(model, text_model, methods, processor=processor, template=template, query_span=query_span)
+    engine.base = base
     engine.undo = host.own_configs(model, text_config, base)
     engine.text_config = text_model.config
     for index, attention in attentions:

@@ -58,7 +58,8 @@ def build_model(layers: int, hidden: int, device: str, dtype: torch.dtype) -> An
         vision_feature_layer=-1,
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).to(device=device, dtype=dtype).eval()
+    model: Any = LlavaForConditionalGeneration(config)
+    model = model.to(device=device, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     return model
 
