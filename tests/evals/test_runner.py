@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vlm_attn
+from vlm_attn.evals import pope, runner
+from vlm_attn.evals.coco import CocoDataset
+from vlm_attn.evals.prompts import PLAIN_TEMPLATE, build_inputs, chat_prompt, generate
+from vlm_attn.evals.report import results_table
+from vlm_attn.evals.specs import parse_specs
+from vlm_attn.evals.tasks import Task, chair_task, image_ids_hash, pope_task
+
+PARAMS = ["gift.saliency_layers=[1]", "gift.enhance_layers=[1, 2]", "gift.query_words=all"]
+
+
+@pytest.fixture(scope="module")
+def dataset(coco_folder: Path) -> CocoDataset:
+    return CocoDataset.from_folder(coco_folder)
+
+
+def run(task: Task, tiny_model: tuple[Any, Any], out: Path | None = None, **options: Any) -> dict[str, Any]:
+    specs = parse_specs(["baseline", "gift"], PARAMS)
+    options = {"model_name": "tiny", "batch_size": 4} | options
+    return runner.run(task, specs, *tiny_model, out=out, **options)
+
+
+def lasting(folder: Path) -> tuple[dict[str, Any], str]:
+    """What two runs have to agree on: all but time and host."""
+    results = json.loads((folder / "results.json").read_text())
+    assert results.pop("environment")["seconds"] >= 0
+    return results, (folder / "samples.jsonl").read_text()
+
+
+def test_pope_results(dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path) -> None:
+    task = pope_task(dataset, seed=5)
+    seen: list[tuple[str, int]] = []
+    results = run(task, tiny_model, tmp_path, progress=lambda label, count: seen.append((label, count)))
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results["schema_version"] == 1
+    assert results["status"] == "complete"
+    config = results["config"]
+    assert config["eval"] == "pope"
+    assert config["prompt"] == "{question}"
+    assert config["parser"] == "official"
+    assert config["image_ids_sha256"] == image_ids_hash(task.image_ids)
+    assert config["methods"]["gift"][0]["params"]["saliency_layers"] == [1]
+    assert {"torch", "transformers", "vlm-attn", "python"} <= results["versions"].keys()
+    assert results["counts"] == {
+        "samples": len(task.samples),
+        "finished": {"baseline": len(task.samples), "gift": len(task.samples)},
+    }
+    for label in ("baseline", "gift"):
+        assert sum(count for name, count in seen if name == label) == len(task.samples)
+
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(line["method"], line["sample"]) for line in lines] == [
+        (label, place) for label in ("baseline", "gift") for place in range(len(task.samples))
+    ]
+    # A question that several splits share is asked once, and counts in each.
+    questions = pope.build_questions(dataset, seed=5)
+    assert len(lines) < 2 * len(questions)
+    assert sum(len(line["splits"]) for line in lines) == 2 * len(questions)
+    # The metrics are those of the written answers.
+    for label in ("baseline", "gift"):
+        rows = [line for line in lines if line["method"] == label]
+        for split in pope.SPLITS:
+            right = [pope.parse_official(line["answer"]) == line["label"] for line in rows if split in line["splits"]]
+            accuracy = results["metrics"][label][split]["accuracy"]["value"]
+            assert accuracy == pytest.approx(100 * sum(right) / len(right))
+            assert results["metrics"][label][split]["questions"] == len(questions) // 3
+    assert {line["answer"] for line in lines if line["method"] == "baseline"} != {
+        line["answer"] for line in lines if line["method"] == "gift"
+    }
+    assert not vlm_attn.is_patched(tiny_model[0])
+
+
+def test_batches_do_not_change_answers(dataset: CocoDataset, tiny_model: tuple[Any, Any]) -> None:
+    model, processor = tiny_model
+    images = [dataset.load_image(image) for image in dataset.image_ids]
+    texts = ["Is there a car in the image?", "Describe the image.", "what", "is it a dog", "yes?", "photo", "a b c"]
+    together, tokens = generate(model, processor, images, texts, 8)
+    alone = [generate(model, processor, [i], [t], 8) for i, t in zip(images, texts, strict=True)]
+    assert together == [answers[0] for answers, _ in alone]
+    assert tokens == sum(count for _, count in alone)
+    assert len(set(together)) > 1
+
+
+class Stop(Exception):
+    """Stands for a crash."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stop])
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_stopped_and_resumed_equals_plain(
+    dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path, error: type[BaseException], after: int
+) -> None:
+    task = chair_task(dataset, max_new_tokens=6)  # 7 images in batches of 4: two batches for each of two methods
+    run(task, tiny_model, tmp_path / "plain")
+    steps: list[int] = []
+
+    def stop(label: str, count: int) -> None:
+        steps.append(count)
+        if len([count for count in steps if count]) == after:
+            raise error
+
+    folder = tmp_path / "stopped"
+    if error is Stop:
+        with pytest.raises(Stop):
+            run(task, tiny_model, folder, progress=stop)
+    else:
+        assert run(task, tiny_model, folder, progress=stop)["status"] == "interrupted"
+    finished = {1: [4, 0], 3: [7, 4], 4: [7, 7]}[after]
+    partial = json.loads((folder / "results.json").read_text())
+    assert partial["status"] == ("interrupted" if error is KeyboardInterrupt else "failed")
+    assert list(partial["counts"]["finished"].values()) == finished
+    assert list(partial["metrics"]) == ["baseline", "gift"][: 1 + (finished[1] > 0)]
+    assert not vlm_attn.is_patched(tiny_model[0])
+    results_table(partial)
+
+    again: list[int] = []
+    run(task, tiny_model, folder, progress=lambda label, count: again.append(count))
+    assert again[0] == finished[0]  # starts where it stopped
+    assert lasting(folder) == lasting(tmp_path / "plain")
+
+
+def test_killed_in_the_middle_of_a_line(dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path) -> None:
+    task = chair_task(dataset, max_new_tokens=6)
+    run(task, tiny_model, tmp_path)
+    expected = lasting(tmp_path)
+    samples = tmp_path / "samples.jsonl"
+    text = samples.read_text()
+    # A run that is killed leaves its first results.json behind, and may leave a batch cut anywhere.
+    results = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps({**results, "status": "running", "metrics": {}}))
+    for cut in (len(text) - 1, len(text) * 2 // 3, len(text) // 4, 5, 0):
+        samples.write_text(text[:cut])
+        run(task, tiny_model, tmp_path)
+        assert lasting(tmp_path) == expected, cut
+    samples.unlink()
+    run(task, tiny_model, tmp_path)
+    assert lasting(tmp_path) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "samples.jsonl"]
+
+
+def test_finished_run_computes_nothing(
+    dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = chair_task(dataset, max_new_tokens=6)
+    run(task, tiny_model, tmp_path)
+    expected = lasting(tmp_path)
+    monkeypatch.setattr(runner, "generate", None)
+    assert run(task, tiny_model, tmp_path)["status"] == "complete"
+    assert lasting(tmp_path) == expected
+
+
+def test_folder_of_another_run_is_refused_and_left_alone(
+    dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path
+) -> None:
+    run(chair_task(dataset, max_new_tokens=6), tiny_model, tmp_path)
+    before = (tmp_path / "results.json").read_text(), (tmp_path / "samples.jsonl").read_text()
+    for task, options, what in (
+        (chair_task(dataset, max_new_tokens=7), {}, "max_new_tokens: 6, now 7"),
+        (chair_task(dataset, max_new_tokens=6), {"batch_size": 3}, "batch_size: 4, now 3"),
+        (chair_task(dataset, max_new_tokens=6), {"model_name": "other"}, "model"),
+        (chair_task(dataset, max_new_tokens=6, limit=3), {}, "image"),
+        (pope_task(dataset), {}, "eval"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            run(task, tiny_model, tmp_path, **options)
+    assert before == ((tmp_path / "results.json").read_text(), (tmp_path / "samples.jsonl").read_text())
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a results file"):
+        run(chair_task(dataset, max_new_tokens=6), tiny_model, tmp_path)
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(ValueError, match=r"no results\.json"):
+        run(chair_task(dataset, max_new_tokens=6), tiny_model, tmp_path)
+
+
+def test_other_weights_under_the_same_name_are_another_run(
+    dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path
+) -> None:
+    import torch
+
+    task = chair_task(dataset, max_new_tokens=4)
+    run(task, tiny_model, tmp_path)
+    weight = tiny_model[0].get_output_embeddings().weight
+    with torch.no_grad():
+        weight.add_(1)
+        try:
+            with pytest.raises(ValueError, match="weights"):
+                run(task, tiny_model, tmp_path)
+        finally:
+            weight.sub_(1)
+
+
+def test_method_that_does_not_fit_fails_before_anything_runs(
+    dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "generate", None)
+    specs = parse_specs(["baseline", "gift"], ["gift.saliency_layers=[1]", "gift.enhance_layers=[9]"])
+    with pytest.raises(ValueError, match="enhance_layers"):
+        runner.run(chair_task(dataset), specs, *tiny_model, model_name="tiny", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_picture_keeps_what_is_finished(
+    dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path
+) -> None:
+    task = chair_task(dataset, max_new_tokens=4)
+    last = task.samples[-1].image_id
+
+    def load(image_id: int) -> Any:
+        if image_id == last:
+            raise FileNotFoundError(f"{image_id}.png: no such image")
+        return dataset.load_image(image_id)
+
+    broken = CocoDataset(dataset.name, dataset.instances, dataset.captions, load)
+    with pytest.raises(FileNotFoundError, match=str(last)):
+        run(chair_task(broken, max_new_tokens=4), tiny_model, tmp_path / "broken")
+    assert len((tmp_path / "broken" / "samples.jsonl").read_text().splitlines()) == 4
+    run(task, tiny_model, tmp_path / "plain")
+    run(task, tiny_model, tmp_path / "broken")  # the picture is back
+    assert lasting(tmp_path / "broken") == lasting(tmp_path / "plain")
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "results.json"
+    runner.write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range"):
+        runner.write_json(file, {"a": float("nan")})  # NaN is no JSON
+    with pytest.raises(TypeError):
+        runner.write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_chair_task_draws_by_seed_and_scores_both_truths(dataset: CocoDataset, tiny_model: tuple[Any, Any]) -> None:
+    drawn = {seed: chair_task(dataset, limit=4, seed=seed).image_ids for seed in range(5)}
+    assert all(len(set(ids)) == 4 and set(ids) <= set(dataset.image_ids) for ids in drawn.values())
+    assert len({tuple(ids) for ids in drawn.values()}) > 1
+    assert drawn[3] == chair_task(dataset, limit=4, seed=3).image_ids
+    task = chair_task(dataset, variant="instances", max_new_tokens=4)
+    results = run(task, tiny_model)
+    assert list(results["metrics"]["gift"]) == ["instances", "instances+captions"]
+    without = CocoDataset("plain", dataset.instances, None, dataset.load_image)
+    assert chair_task(without).config["variant"] == "instances"
+    with pytest.raises(ValueError, match="no reference captions"):
+        chair_task(without, variant="instances+captions")
+
+
+def test_official_questions_on_a_part_of_the_images(dataset: CocoDataset) -> None:
+    questions = [
+        pope.Question(11, "Is there a car in the image?", "yes", "popular"),
+        pope.Question(999, "Is there a car in the image?", "no", "popular"),
+        pope.Question(7, "Is there a cup in the image?", "no", "popular"),
+    ]
+    task = pope_task(dataset, questions=questions)
+    assert [sample.image_id for sample in task.samples] == [11, 7]
+    assert task.config["questions_skipped"] == 1
+    assert [s.image_id for s in pope_task(dataset, questions=questions, limit=1).samples] == [11]
+    with pytest.raises(ValueError, match="image 999"):
+        pope_task(dataset, questions=questions[1:2])
+    prompted = pope_task(dataset, questions=questions, prompt="{question} Answer with one word.")
+    assert prompted.samples[0].prompt == "Is there a car in the image? Answer with one word."
+    with pytest.raises(ValueError, match="question"):
+        pope_task(dataset, questions=questions, prompt="Answer with one word.")
+
+
+def test_prompts_with_and_without_a_chat_template(dataset: CocoDataset, tiny_model: tuple[Any, Any]) -> None:
+    model, processor = tiny_model
+    text = chat_prompt(processor, "Is there a dog?")
+    assert text.count(processor.image_token) == 1
+    assert text.endswith("ASSISTANT:")
+    template, processor.chat_template = processor.chat_template, None
+    try:
+        assert chat_prompt(processor, "Is there a dog?") == PLAIN_TEMPLATE.format(
+            image="<image>", text="Is there a dog?"
+        )
+    finally:
+        processor.chat_template = template
+    images = [dataset.load_image(image) for image in dataset.image_ids[:2]]
+    inputs = build_inputs(model, processor, images, ["Is there a dog in the image?", "what"])
+    assert inputs["pixel_values"].shape[0] == 2
+    assert inputs["attention_mask"][1, 0] == 0  # padded on the left
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="2 images but 1 texts"):
+        build_inputs(model, processor, images, ["what"])
