@@ -75,7 +75,7 @@ def load_model(
     options = {"trust_remote_code": trust_remote_code}
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     tokenizer = getattr(processor, "tokenizer", None)

@@ -95,14 +95,13 @@ class _Store:
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(f"{results}: not a results file of vlm-attn; choose another --out") from error
         wanted = json.loads(json.dumps(config))
-        changed = sorted(key for key in earlier.keys() | wanted.keys() if earlier.get(key) != wanted.get(key))
+        changed = [key for key in {**wanted, **earlier} if earlier.get(key) != wanted.get(key)]
         if changed:
-            was, now = (str(config.get(changed[0]))[:60] for config in (earlier, wanted))
-            raise ValueError(
-                f"{self.folder} holds a run with another {', '.join(changed)} "
-                f"({changed[0]}: {was}, now {now}); choose another --out"
-            )
-        records = []
+            # A hash says little to a reader: named only where nothing else differs.
+            telling = [key for key in changed if key not in ("weights", "image_ids_sha256")] or changed
+            differences = ", ".join(f"{k}: {_short(earlier.get(k))}, now {_short(wanted.get(k))}" for k in telling)
+            raise ValueError(f"{self.folder} holds another run ({differences}); choose another --out")
+        records: list[dict[str, Any]] = []
         for line in samples.read_text(encoding="utf-8", errors="replace").split("\n") if samples.exists() else []:
             try:
                 record = json.loads(line)
@@ -125,6 +124,11 @@ class _Store:
                 file.flush()
                 os.fsync(file.fileno())
         self.records.extend(records)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _line(record: dict[str, Any]) -> str:

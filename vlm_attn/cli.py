@@ -27,14 +27,14 @@ _debug = False
 class _Commands(typer.core.TyperGroup):
     """Turns the errors a user can cause into one line on stderr and exit code 2."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
         """Run; see `typer.core.TyperGroup.main`."""
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
+            return super().main(args, standalone_mode=False, **kwargs)
         global _debug
         _debug = False
         try:
-            sys.exit(super().main(*args, standalone_mode=False, **kwargs) or 0)
+            sys.exit(super().main(args, standalone_mode=False, **kwargs) or 0)
         except typer.Abort:
             sys.exit(130)
         except Exception as error:
@@ -93,6 +93,10 @@ def _main(
 ) -> None:
     global _debug
     _debug = debug
+    _help_without_command(context)
+
+
+def _help_without_command(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -426,13 +430,14 @@ def _print_results(console: Any, results: dict[str, Any], folder: Path | None) -
         console.print(f"Stopped after {done} of {total} samples. {kept}")
 
 
-score_app = typer.Typer(help="Score captions that exist already.", no_args_is_help=True)
+score_app = typer.Typer(help="Score answers that exist already, without a model.")
 app.add_typer(score_app, name="score")
 
 
-@score_app.callback()
-def _score() -> None:
-    """Score captions that exist already, without a model."""
+@score_app.callback(invoke_without_command=True)
+def _score(context: typer.Context) -> None:
+    """Score answers that exist already, without a model."""
+    _help_without_command(context)
 
 
 @score_app.command("chair")
@@ -465,25 +470,34 @@ def score_chair(
         console.print(f"{results['counts']['skipped']} captions of images that are not in the data were left out.")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(
-    context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="overhead", help="What to measure.")],
-) -> None:
-    """Measure speed; [b]vlm-attn bench overhead --help[/b] shows its options.
+bench_app = typer.Typer(help="Measure speed.")
+app.add_typer(bench_app, name="bench")
 
-    Example: [b]vlm-attn bench overhead[/b]
+
+@bench_app.callback(invoke_without_command=True)
+def _bench(context: typer.Context) -> None:
+    """Measure speed."""
+    _help_without_command(context)
+
+
+@bench_app.command(
+    "overhead",
+    add_help_option=False,  # the benchmark shows its own
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench_overhead(context: typer.Context) -> None:
+    """What an edit costs: patched models against the plain one, in one run.
+
+    Example: [b]vlm-attn bench overhead --help[/b]
     """
-    if what != "overhead":
-        raise ValueError(f"unknown benchmark {what!r} (known: overhead)")
     try:
-        module = _evals("bench.overhead")
+        benchmark = _evals("bench.overhead")
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("vlm_attn.evals.bench"):
             raise
         raise NotImplementedError("this installation has no benchmark 'overhead'") from error
     sys.argv = ["vlm-attn bench overhead", *context.args]
-    raise typer.Exit(module.main() or 0)
+    raise typer.Exit(benchmark.main() or 0)
 
 
 @app.command()

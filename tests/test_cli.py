@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vlm_attn import __version__, cli
+
+from .evals.conftest import coco_folder, tiny_model_folder, write_folder  # noqa: F401  (fixtures)
+
+PARAMS = ["--param", "gift.saliency_layers=[1]", "--param", "gift.enhance_layers=[1,2]"]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # commands replace it: put it back
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def call(*args: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+
+
+def error_of(*args: object) -> str:
+    """The one line of a command that has to fail as a user's error."""
+    result = call(*args)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+def test_help_and_version_need_no_torch() -> None:
+    code = (
+        "import sys; from vlm_attn import cli\n"
+        "try: cli.app(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'numpy', 'scipy'} & set(sys.modules)))"
+    )
+    for args in (["--help"], ["eval", "--help"], ["--version"], []):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "heavy: []"
+        assert ("Describe images" in done.stdout) is (args in (["--help"], []))
+
+
+def test_console_script() -> None:
+    script = Path(sys.executable).parent / "vlm-attn"
+    if not script.exists():
+        pytest.skip("the package is not installed with its console script here")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"vlm-attn {__version__}"
+    done = subprocess.run([script, "caption", "no/such.jpg"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == "Error: no/such.jpg: no such image"
+
+
+@pytest.mark.parametrize("command", ["methods", "caption", "eval", "score chair", "doctor"])
+def test_every_command_shows_an_example(command: str) -> None:
+    result = call(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert f"Example: vlm-attn {command}" in " ".join(result.output.split())
+
+
+def test_benchmark_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    module = type("Benchmark", (), {"main": staticmethod(lambda: seen.append(sys.argv[1:]))})
+    load = importlib.import_module
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: module if name == "vlm_attn.evals.bench.overhead" else load(name)
+    )
+    assert call("bench", "overhead", "--layers", "2", "--help", "--json", "x").exit_code == 0
+    assert seen == [["--layers", "2", "--help", "--json", "x"]]
+
+
+def test_methods() -> None:
+    result = call("methods")
+    assert result.exit_code == 0
+    for word in ("baseline", "gift", "var", "2510.22067", "2503.03321"):
+        assert word in result.output
+    rows = json.loads(call("methods", "--json").stdout)
+    assert {"gift", "var"} <= {row["name"] for row in rows}
+    assert all(row["summary"] and row["paper"] for row in rows)
+
+
+def test_doctor() -> None:
+    result = call("doctor")
+    assert result.exit_code == 0
+    for word in (__version__, "torch", "transformers", "cpu", "evals", "demo", "clip", "Bundled model"):
+        assert word in result.output
+
+
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gradio" else find(name, *a))
+    result = call("doctor")
+    assert result.exit_code == 0
+    assert 'missing gradio: pip install "vlm-attn[demo]"' in result.output
+
+
+def test_eval_side_by_side(coco_folder: Path, tiny_model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    arguments = ["eval", "pope", "--model", tiny_model_folder, "--data", coco_folder, "--method", "baseline"]
+    arguments += ["--method", "gift", *PARAMS, "--limit", "3", "--out", out, "--device", "cpu"]
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    for word in ("POPE of", "random", "popular", "adversarial", "mean of the splits", "baseline", "gift", "95 %"):
+        assert word in result.output
+    assert "scenes world" not in result.output
+    results = json.loads((out / "results.json").read_text())
+    assert results["status"] == "complete"
+    assert results["config"]["images"] == 3
+    assert list(results["metrics"]) == ["baseline", "gift"]
+    accuracy = results["metrics"]["gift"]["mean"]["accuracy"]["value"]
+    assert f"{accuracy:.1f}" in result.output
+    assert call(*arguments).exit_code == 0  # finished: shows the same again
+    assert "seed: 0, now 1" in error_of(*arguments, "--seed", 1)
+
+
+def test_eval_json_on_the_screen_is_only_json(coco_folder: Path, tiny_model_folder: Path) -> None:  # noqa: F811
+    arguments = ["--data", coco_folder, "--method", "baseline", "--max-new-tokens", 4, "--json", "-"]
+    result = call("eval", "chair", "pope", "--model", tiny_model_folder, *arguments)
+    assert result.exit_code == 0, result.output
+    chair, pope = json.loads(result.stdout)
+    assert (chair["eval"], pope["eval"]) == ("chair", "pope")
+    assert chair["config"]["variant"] == "instances+captions"
+    assert set(chair["metrics"]["baseline"]["instances"]["chair_i"]) == {"value", "low", "high"}
+    assert "CHAIR_S" in result.stderr
+
+
+def test_scenes_numbers_say_where_they_come_from(tiny_model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    arguments = ["--method", "baseline", "--limit", 2, "--max-new-tokens", 4, "--out", tmp_path / "out"]
+    result = call("eval", "chair", "--model", tiny_model_folder, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "come from the scenes world" in result.output
+    assert "not from COCO" in json.loads((tmp_path / "out" / "results.json").read_text())["note"]
+
+
+def test_interrupt_keeps_what_is_finished(
+    coco_folder: Path,  # noqa: F811
+    tiny_model_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vlm_attn.evals import runner
+
+    generate = runner.generate
+    calls: list[int] = []
+
+    def stop(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    arguments = ["eval", "chair", "--model", tiny_model_folder, "--data", coco_folder, "--method", "baseline"]
+    arguments += ["--max-new-tokens", 4, "--batch-size", 3, "--out", tmp_path / "out"]
+    monkeypatch.setattr(runner, "generate", stop)
+    result = call(*arguments)
+    assert result.exit_code == 130
+    assert "Stopped after 3 of 7 samples. The same command goes on from there." in " ".join(result.output.split())
+    monkeypatch.setattr(runner, "generate", generate)
+    result = call(*arguments)
+    assert result.exit_code == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["counts"]["finished"] == {"baseline": 7}
+
+
+def test_caption(coco_folder: Path, tiny_model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    picture = coco_folder / "images" / f"{7:012d}.png"
+    file = tmp_path / "captions.json"
+    arguments = [picture, "scenes:validation/3", "--model", tiny_model_folder, *PARAMS, "--max-new-tokens", 12]
+    result = call("caption", *arguments, "--json", file)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())["captions"]
+    assert {(row["image"], row["method"]) for row in rows} == {
+        (name, method) for name in (str(picture), "scenes:validation/3") for method in ("baseline", "gift")
+    }
+    from vlm_attn.evals import scenes
+    from vlm_attn.evals.chair import coco_vocabulary
+
+    present = scenes.scene("validation", 3).categories
+    assert ", ".join(present) in result.output
+    for row in rows:
+        assert row["caption"]
+        assert row["caption"].split()[0] in result.output
+        if row["image"].startswith("scenes:"):
+            wrong = [
+                m["text"] for m in coco_vocabulary().score(row["caption"], present)["mentions"] if m["hallucinated"]
+            ]
+            assert [mention["text"] for mention in row["hallucinated"]] == wrong
+            assert not wrong or f"{row['method']} names what is not there: {', '.join(wrong)}" in result.output
+
+
+def test_score_chair(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", {1: ["dog"], 2: ["cat", "car"]}, {1: ["a dog and a cup"]})
+    captions = tmp_path / "captions.jsonl"
+    lines = [(1, "a dog and two cups"), (2, "a cat with a kite"), (3, "somewhere else")]
+    captions.write_text("\n".join(json.dumps({"image_id": image, "caption": text}) for image, text in lines))
+    for variant, chair_s in (("instances", 100.0), ("instances+captions", 50.0)):
+        arguments = ["--captions", captions, "--data", folder, "--variant", variant]
+        result = call("score", "chair", *arguments, "--json", tmp_path / "out.json")
+        assert result.exit_code == 0, result.output
+        assert "1 captions of images that are not in the data" in result.output
+        scores = json.loads((tmp_path / "out.json").read_text())
+        assert scores["metrics"]["captions"][variant]["chair_s"]["value"] == chair_s
+        assert scores["config"]["variant"] == variant
+        assert scores["samples"][1]["score"]["mentions"][1] == {
+            "text": "kite", "category": "kite", "start": 13, "end": 17, "hallucinated": True,
+        }  # fmt: skip
+    assert "occurs twice" in error_of("score", "chair", "--data", folder, "--captions", _twice(tmp_path))
+    captions.write_text('{"image_id": 77, "caption": "a dog"}')
+    assert "none of its 1 captions" in error_of("score", "chair", "--data", folder, "--captions", captions)
+
+
+def _twice(folder: Path) -> Path:
+    file = folder / "twice.jsonl"
+    file.write_text('{"image_id": 1, "caption": "a"}\n' * 2)
+    return file
+
+
+def test_wrong_input_is_one_line(coco_folder: Path, tiny_model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    pope = ["eval", "pope", "--data", coco_folder, "--model", tiny_model_folder, "--out", tmp_path / "out"]
+    base = [*pope, "--method", "baseline"]
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"image": "1.jpg", "text"')
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[list[object], str]] = [
+        ([*pope, "--method", "gfit"], "did you mean 'gift'"),
+        ([*pope, "--method", "gift", "--param", "gift.alpah=1"], "did you mean 'alpha'"),
+        ([*pope, "--method", "gift", "--param", "gift.alpha=99"], "alpha"),
+        ([*base, "--param", "gift.alpha=1"], "no run uses gift"),
+        ([*pope, "--method", "gift", "--param", "gift.saliency_layers=[9]", *PARAMS[2:]], "saliency_layers"),
+        (pope, "no preset"),  # the default runs include gift, which needs layers for this model
+        ([*base, "--parser", "odd"], "official, opera, vcd, strict"),
+        ([*base, "--pope-file", bad], "bad.json, line 1: not valid JSON"),
+        ([*base, "--pope-file", tmp_path / "none.json"], "none.json: no such file"),
+        ([*base, "--split", "test2014"], "val2014"),
+        ([*base, "--prompt", "is it?"], "{question}"),
+        ([*base, "--limit", "0"], "--limit"),
+        ([*base, "--device", "nonsense"], "device 'nonsense'"),
+        ([*base, "--dtype", "int8"], "dtype 'int8'"),
+        (["eval", "pope", "--data", tmp_path / "empty", "--method", "baseline"], "empty: no COCO annotations"),
+        (["eval", "pope", "--data", tmp_path / "none", "--method", "baseline"], "none: no such folder"),
+        (["eval", "chair", "--split", "train", "--method", "baseline"], "validation and test"),
+        (["eval", "chair", "--model", tmp_path / "none", "--limit", 1, "--method", "baseline"], "no such folder"),
+        (["eval", "chair", "--model", tmp_path / "empty", "--limit", 1, "--method", "baseline"], "no config.json"),
+        (["eval", "chair", "--model", "someone/model", "--limit", 1, "--method", "baseline"], "someone/model"),
+        (["eval", "popes"], "'pope', 'chair'"),
+        (["eval"], "Missing argument"),
+        (["evil", "pope"], "Did you mean 'eval'"),
+        (["caption", "scenes:validation/500"], "outside the validation split"),
+        (["caption", "scenes:nowhere/5"], "unknown split 'nowhere'"),
+        (["caption", "scenes:5"], "scenes:SPLIT/NUMBER"),
+        (["caption", bad], "bad.json: not a picture"),
+        (["score", "chair", "--captions", bad, "--data", coco_folder], "bad.json, line 1: not valid JSON"),
+        (["bench", "nothing"], "No such command 'nothing'"),
+    ]
+    for arguments, message in cases:
+        assert message in error_of(*arguments), arguments
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_picture_and_instances(coco_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    content = (coco_folder / "images" / f"{7:012d}.png").read_bytes()
+    picture = tmp_path / "cut.png"
+    picture.write_bytes(content[: len(content) // 2])
+    assert "cut.png: cannot be read as an image" in error_of("caption", picture)
+    folder = write_folder(tmp_path / "data", {1: ["dog"]})
+    file = folder / "annotations" / "instances.json"
+    file.write_text(file.read_text()[:50])
+    assert "instances.json: not valid JSON" in error_of("eval", "chair", "--data", folder, "--method", "baseline")
+
+
+def test_missing_extra_says_what_to_install(coco_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    for library in ("scipy", "simplemma"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, library, None)  # import now fails
+            message = error_of("eval", "chair", "--data", coco_folder, "--method", "baseline")
+        assert message == f'Error: {library} is not installed, and this needs it: pip install "vlm-attn[evals]"'
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    result = call("--debug", "caption", "no.jpg")
+    assert isinstance(result.exception, FileNotFoundError)
+    assert "Error:" not in result.stderr
+    assert call("caption", "no.jpg").exit_code == 2  # and only in that call
+
+
+def test_unexpected_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_open_images", lambda names: 1 / 0)
+    assert isinstance(call("caption", "x.jpg").exception, ZeroDivisionError)
