@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 # Every tiny model has four layers. Layer 0 lies below the layer the map is read from, as in the preset of Qwen2-VL.
 ACTIVE: dict[str, dict[str, Any]] = {
-    "gift": dict(saliency_layers=(1,), enhance_layers=(0, 2, 3), alpha=3.0, query_words="all"),
-    "var": dict(sink_dims=(3, 7), tau=1.5, rho=0.1, visual_floor=0.02),
+    "gift": {"saliency_layers": (1,), "enhance_layers": (0, 2, 3), "alpha": 3.0, "query_words": "all"},
+    "var": {"sink_dims": (3, 7), "tau": 1.5, "rho": 0.1, "visual_floor": 0.02},
 }
 NEUTRAL = {"gift": {**ACTIVE["gift"], "alpha": 0.0}, "var": {**ACTIVE["var"], "p": 0.0}}
 # How far a choice between heads (log mass) or a gate (mass) must be from tipping over, against rounding of about 1e-6.
@@ -37,9 +37,7 @@ def generate(model: Any, inputs: Inputs, new: int = 6, **options: Any) -> tuple[
     """New tokens ``[B, new]`` and their logits ``[new, B, V]``, greedy unless told otherwise."""
     options = {"do_sample": False, **options}
     with torch.no_grad():
-        out = model.generate(
-            **inputs, max_new_tokens=new, output_logits=True, return_dict_in_generate=True, **options
-        )
+        out = model.generate(**inputs, max_new_tokens=new, output_logits=True, return_dict_in_generate=True, **options)
     return out.sequences[:, -len(out.logits) :], torch.stack(out.logits)
 
 
@@ -115,7 +113,8 @@ def margins() -> Iterator[Margins]:
         count = max(1, int(score.shape[1] * share))
         ordered = score.sort(dim=1, descending=True).values
         if count < score.shape[1]:
-            found.add(ordered[:, count - 1] - ordered[:, count])
+            last, next_one = ordered[:, count - 1], ordered[:, count]
+            found.add((last - next_one)[(last != 0) | (next_one != 0)])  # two heads without any shift: either will do
         return top_heads(score, share)
 
     def recorded_gate(self: Var, log_mass: Tensor) -> Tensor:

@@ -315,6 +315,11 @@ class Engine:
             return None
         call.done = pending["done"]
         cache = getattr(output, "past_key_values", None)
+        if call.done:  # a compiled decode step must find what it needs, not build it inside its graph
+            for layer in range(len(self.text_model.layers)):  # type: ignore[arg-type]
+                for edit in (m.edit(call, layer) for m in self.active):
+                    if edit is not None and cache is not None:
+                        edit.over(sum(host.key_window(cache, 1, layer)))
         if cache is not None:
             setattr(cache, CACHE_NOTE, call)
         body = pending.get("body")
