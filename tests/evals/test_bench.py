@@ -1,0 +1,60 @@
+"""The benchmark measures what it says; its figures are not tested."""
+
+import json
+
+from typer.testing import CliRunner
+
+from vlm_attn.evals.bench import overhead
+
+
+def test_variants_edit_and_neutral_does_not():
+    compared = overhead.variants(layers=12, hidden=768)
+    assert compared["plain"] is None
+    assert all(method.neutral for method in compared["neutral"])
+    assert not any(method.neutral for name in ("gift", "var") for method in compared[name])
+
+
+def test_overhead_writes_paired_ratios(tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(overhead.overhead)
+    out = tmp_path / "overhead.json"
+    arguments = [
+        "--layers",
+        "4",
+        "--hidden",
+        "64",
+        "--repeats",
+        "2",
+        "--tokens",
+        "3",
+        "--device",
+        "cpu",
+        "--json",
+        str(out),
+    ]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    assert set(result["ratios_to_plain"]) == {"neutral", "gift", "var"}
+    for ratio in result["ratios_to_plain"].values():
+        assert ratio["decode"]["p20"] <= ratio["decode"]["median"] <= ratio["decode"]["p80"]
+    assert result["config"]["visual_tokens"] == 576
+    assert {"torch", "transformers", "vlm_attn"} <= set(result["versions"])
+
+
+def test_the_benchmarked_edits_do_something():
+    """Sinks must exist and the boost must reach the logits, or the figures would be those of a no-op."""
+    import torch
+
+    import vlm_attn
+
+    model = overhead.build_model(4, 64, "cpu", torch.float32)
+    ids = torch.cat([torch.arange(3, 18), torch.full((576,), 31999), torch.arange(20, 35)])[None]
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        plain = model(**inputs).logits[:, -1]
+        for name in ("gift", "var"):
+            with vlm_attn.patched(model, overhead.variants(4, 64)[name]):
+                assert not torch.allclose(model(**inputs).logits[:, -1], plain, atol=1e-7), name
