@@ -196,7 +196,7 @@ def default_variant(dataset: CocoDataset) -> str:
     The scenes world draws every object it annotates and no other, so ``instances`` is exact there.
     """
     has_captions = bool(dataset.captions and dataset.captions["annotations"])
-    return "instances+captions" if has_captions and not dataset.name.startswith("scenes") else "instances"
+    return "instances+captions" if has_captions and not dataset.name.startswith("scenes:") else "instances"
 
 
 def read_captions(path: str | Path) -> list[dict[str, Any]]:

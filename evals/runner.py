@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -45,15 +44,15 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -219,7 +218,7 @@ def run(
                 "device": _device_name(model),
             },
         }
-        if task.dataset.name.startswith("scenes"):
+        if task.dataset.name.startswith("scenes:"):
             content["note"] = SCENES_NOTE
         if folder is not None:
             write_json(folder / "results.json", content)

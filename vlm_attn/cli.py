@@ -300,7 +300,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of images.", show_default="500")] = None,
     seed: Annotated[int, typer.Option(help="Draws the images and POPE's questions.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per step.", show_default="8, for the bundled model 32")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -377,7 +379,7 @@ def evaluate(
             processor,
             model_name=model,
             seed=seed,
-            batch_size=batch_size,
+            batch_size=batch_size or (32 if model == "scenes" else 8),
             out=folder,
         )
         finished.append(results)

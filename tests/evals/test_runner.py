@@ -14,6 +14,8 @@ from vlm_attn.evals.report import results_table
 from vlm_attn.evals.specs import parse_specs
 from vlm_attn.evals.tasks import Task, chair_task, image_ids_hash, pope_task
 
+from .conftest import shared_file
+
 PARAMS = ["gift.saliency_layers=[1]", "gift.enhance_layers=[1, 2]", "gift.query_words=all"]
 
 
@@ -289,3 +291,11 @@ def test_prompts_with_and_without_a_chat_template(dataset: CocoDataset, tiny_mod
     assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
     with pytest.raises(ValueError, match="2 images but 1 texts"):
         build_inputs(model, processor, images, ["what"])
+
+
+def test_real_photos_run_through(tiny_model: tuple[Any, Any], tmp_path: Path) -> None:
+    photos = CocoDataset.from_folder(shared_file("coco_photos"))
+    for task in (chair_task(photos, limit=3, max_new_tokens=4), pope_task(photos, limit=1, max_new_tokens=4)):
+        results = run(task, tiny_model, tmp_path / task.name)
+        assert results["status"] == "complete"
+        assert set(results["metrics"]) == {"baseline", "gift"}
