@@ -21,11 +21,13 @@ class MethodSpec:
         label: what it is called, for example ``"var+gift"``.
         names: the methods to patch with, in order; empty for the plain model.
         params: method name -> parameters that differ from its defaults.
+        preset: name or file of a preset with constants for the model; None: the bundled one that fits it.
     """
 
     label: str
     names: tuple[str, ...] = ()
     params: dict[str, dict[str, Any]] = field(default_factory=dict)
+    preset: str | None = None
 
     def build(self, model: Any = None) -> list[Any]:
         """Method instances, in order.
@@ -38,7 +40,7 @@ class MethodSpec:
         """
         from vlm_attn import presets, registry
 
-        known = {name: presets.constants(name, model.config, None) if model else {} for name in self.names}
+        known = {name: presets.constants(name, model.config, self.preset) if model else {} for name in self.names}
         return [registry.build(name, **(known[name] | self.params.get(name, {}))) for name in self.names]
 
     def applied(self, model: Any, processor: Any) -> contextlib.AbstractContextManager[Any]:
@@ -88,12 +90,13 @@ def parse_value(text: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def parse_specs(methods: Sequence[str], params: Sequence[str] = ()) -> list[MethodSpec]:
+def parse_specs(methods: Sequence[str], params: Sequence[str] = (), preset: str | None = None) -> list[MethodSpec]:
     """Runs from ``--method`` and ``--param`` values.
 
     Args:
         methods: ``"baseline"``, a method's name, or several joined by ``+``; the same label twice is one run.
         params: ``"method.parameter=value"``; set in every run that has the method.
+        preset: see `MethodSpec`.
 
     Raises:
         ValueError: an unknown method, a parameter that is malformed or belongs to no run, or a value out of
@@ -123,7 +126,7 @@ def parse_specs(methods: Sequence[str], params: Sequence[str] = ()) -> list[Meth
             raise ValueError(f"--param {text!r}: no run uses {method}; add --method {method}")
         values.setdefault(method, {})[parameter] = parse_value(value)
     specs = [
-        MethodSpec(label, () if names == (BASELINE,) else names, {n: values[n] for n in names if n in values})
+        MethodSpec(label, () if names == (BASELINE,) else names, {n: values[n] for n in names if n in values}, preset)
         for label, names in runs.items()
     ]
     for spec in specs:

@@ -122,6 +122,13 @@ Param = Annotated[
     list[str] | None,
     typer.Option("--param", help="Set a method's parameter, for example [b]gift.alpha=4[/b]. Repeats."),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="Constants of the methods for this model: a bundled preset's name, or a JSON file.",
+        show_default="the one that fits the model",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its code.")]
@@ -199,6 +206,7 @@ def caption(
     model: Model = "scenes",
     method: Method = None,
     param: Param = None,
+    preset: Preset = None,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "Please describe this image in detail.",
     max_new_tokens: MaxNewTokens = None,
     json_file: Annotated[
@@ -215,29 +223,28 @@ def caption(
     Where the objects in a picture are known, named objects that are not in it are marked red.
     """
     opened = _open_images(images)
-    specs = _evals("specs").parse_specs(method or ["baseline", "gift"], param or [])
+    specs = _evals("specs").parse_specs(method or ["baseline", "gift"], param or [], preset)
     _quiet_libraries()
     console = _console(stderr=str(json_file) == "-")
     with console.status(f"Loading {model} ..."):
         loaded, processor = _evals("models").load_model(model, device, dtype, trust_remote_code)
-    records = []
-    for spec in specs:
-        with spec.applied(loaded, processor), console.status(f"{spec.label} ...") as status:
-            for name, image, objects in opened:
-                status.update(f"{spec.label}: {name} ...")
-                answers, tokens = _evals("prompts").generate(
-                    loaded, processor, [image], [prompt], max_new_tokens or (64 if model == "scenes" else 256)
-                )
-                record = {"image": name, "method": spec.label, "caption": answers[0], "tokens": tokens}
+    longest = max_new_tokens or (64 if model == "scenes" else 256)
+    records: list[dict[str, Any]] = []
+    try:
+        for name, image, objects in opened:
+            rows: list[dict[str, Any]] = []
+            for spec in specs:
+                with console.status(f"{name}: {spec.label} ..."), spec.applied(loaded, processor):
+                    answers, tokens = _evals("prompts").generate(loaded, processor, [image], [prompt], longest)
+                row = {"image": name, "method": spec.label, "caption": answers[0], "tokens": tokens}
                 if objects is not None:
-                    record["objects"] = objects
-                    record["hallucinated"] = _hallucinated(answers[0], objects)
-                records.append(record)
-    if json_file is not None:
-        _write_json(json_file, {"model": model, "prompt": prompt, "captions": records})
-    for name, _, objects in opened:
-        rows = [record for record in records if record["image"] == name]
-        _print_captions(console, name, objects, rows)
+                    row |= {"objects": objects, "hallucinated": _hallucinated(answers[0], objects)}
+                rows.append(row)
+            records += rows
+            _print_captions(console, name, objects, rows)
+    finally:  # also what is finished before an error or Ctrl-C
+        if json_file is not None and records:
+            _write_json(json_file, {"model": model, "prompt": prompt, "captions": records})
 
 
 def _hallucinated(text: str, objects: Sequence[str]) -> list[dict[str, Any]]:
@@ -290,6 +297,7 @@ def evaluate(
     model: Model = "scenes",
     method: Method = None,
     param: Param = None,
+    preset: Preset = None,
     data: Annotated[
         str,
         typer.Option(help="[b]scenes[/b], or a folder with COCO annotations and images."),
@@ -344,7 +352,7 @@ def evaluate(
     Ctrl-C keeps what is finished; the same command goes on from there when it has --out.
     """
     names = list(dict.fromkeys(name.value for name in evals))
-    specs = _evals("specs").parse_specs(method or ["baseline", "gift", "var"], param or [])
+    specs = _evals("specs").parse_specs(method or ["baseline", "gift", "var"], param or [], preset)
     dataset = _dataset(data, split)
     tasks = []
     for name in names:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +88,13 @@ def test_preset_of_the_model_fills_in(tiny_model: tuple[Any, Any], monkeypatch: 
     (described,) = parse_specs(["gift"], ["gift.alpha=3"])[0].describe(model, processor)
     assert described["params"]["alpha"] == 3
     assert described["params"]["enhance_layers"] == [1]
+
+
+def test_preset_by_file(tiny_model: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = tiny_model
+    file = tmp_path / "tiny.json"
+    file.write_text('{"methods": {"gift": {"saliency_layers": [1], "enhance_layers": [2], "alpha": 1.5}}}')
+    (described,) = parse_specs(["gift"], [], str(file))[0].describe(model, processor)
+    assert (described["params"]["alpha"], described["params"]["enhance_layers"]) == (1.5, [2])
+    with pytest.raises(ValueError, match="llava-1.5-7b"):
+        parse_specs(["gift"], [], "llava-1.5-7b")[0].describe(model, processor)
