@@ -7,8 +7,9 @@ A results folder holds
 
 * ``samples.jsonl``: one line per sample and method: ``method``, ``sample`` (place in the list), ``image_id``,
   ``answer``, ``score`` and facts of the sample; lines are flushed to disk batch by batch;
-* ``results.json``: ``schema_version, status, eval, config, versions, counts, metrics, environment``; metrics
-  are ``{"value", "low", "high"}`` with 95 % intervals, percentages in percent.
+* ``results.json``: ``schema_version, status, eval, config, versions, device, seed, prompt, image_ids_sha256,
+  parser, counts, metrics, environment``; metrics are ``{"value", "low", "high"}`` with 95 % intervals,
+  percentages in percent.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from vlm_attn.evals.specs import MethodSpec
 from vlm_attn.evals.tasks import Task, image_ids_hash
 
 SCHEMA_VERSION = 1
+# Beside "config" in a results file, not in it; a run that is resumed has to agree on them as well.
+TOP_LEVEL = ("device", "seed", "prompt", "image_ids_sha256", "parser")
 SCENES_NOTE = "These numbers come from the scenes world of this package, not from COCO."
 
 
@@ -90,7 +93,8 @@ class _Store:
                 raise ValueError(f"{self.folder}: has samples.jsonl but no results.json; choose another --out")
             return
         try:
-            earlier = json.loads(results.read_text(encoding="utf-8"))["config"]
+            content = json.loads(results.read_text(encoding="utf-8"))
+            earlier = {**content["config"], **{key: content[key] for key in TOP_LEVEL}}
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(f"{results}: not a results file of vlm-attn; choose another --out") from error
         wanted = json.loads(json.dumps(config))
@@ -206,8 +210,9 @@ def run(
             "schema_version": SCHEMA_VERSION,
             "status": status,
             "eval": task.name,
-            "config": config,
+            "config": {key: value for key, value in config.items() if key not in TOP_LEVEL},
             "versions": versions(),
+            **{key: config[key] for key in TOP_LEVEL},
             "counts": {"samples": size, "finished": {k: len(v) for k, v in finished.items()}},
             "metrics": {label: task.summarise(rows) for label, rows in finished.items() if rows},
             "environment": {

@@ -62,10 +62,10 @@ def score_chair(
             "data": dataset.name,
             "variant": variant,
             "images": len(ids),
-            "image_ids_sha256": image_ids_hash(ids),
-            "parser": "coco_objects",
         },
         "versions": versions(),
+        "image_ids_sha256": image_ids_hash(ids),
+        "parser": "coco_objects",
         "counts": {
             "samples": len(kept),
             "finished": {label: len(kept)},

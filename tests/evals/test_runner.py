@@ -40,15 +40,17 @@ def lasting(folder: Path) -> tuple[dict[str, Any], str]:
 def test_pope_results(dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path) -> None:
     task = pope_task(dataset, seed=5)
     seen: list[tuple[str, int]] = []
-    results = run(task, tiny_model, tmp_path, progress=lambda label, count: seen.append((label, count)))
+    results = run(task, tiny_model, tmp_path, seed=5, progress=lambda label, count: seen.append((label, count)))
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["schema_version"] == 1
     assert results["status"] == "complete"
     config = results["config"]
     assert config["eval"] == "pope"
-    assert config["prompt"] == "{question}"
-    assert config["parser"] == "official"
-    assert config["image_ids_sha256"] == image_ids_hash(task.image_ids)
+    assert results["prompt"] == "{question}"
+    assert results["parser"] == "official"
+    assert results["seed"] == 5
+    assert results["device"] == "cpu"
+    assert results["image_ids_sha256"] == image_ids_hash(task.image_ids)
     assert config["methods"]["gift"][0]["params"]["saliency_layers"] == [1]
     assert {"torch", "transformers", "vlm-attn", "python"} <= results["versions"].keys()
     assert results["counts"] == {
