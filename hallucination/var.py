@@ -82,12 +82,11 @@ class Var(Method):
 
     def start(self, call: Call, processor: Any) -> None:
         """Sinks among columns that are already cached must be known from the call that cached them."""
-        if call.first and (call.earlier is None or not call.earlier.memory(self).get("read")):
+        if call.first and (call.earlier is None or self not in call.earlier.methods):
             raise ValueError(
                 "var: the cache passed in was filled without var, so its sink tokens are unknown. "
                 "Run the first turn with the same patched model, or pass no cache"
             )
-        call.memory(self)["read"] = True
 
     def read_tokens(self, hidden: Tensor) -> Tensor:
         """Step 1: ``max_d |x_d| / RMS(x) >= tau`` on a block's input ``[B, Q, D]``."""

@@ -25,6 +25,7 @@ class Call:
 
     Attributes:
         prompt: layout of the prompt as it was given, one row per sample.
+        methods: the methods that are applied.
         input_ids: ``[B, P]`` ids of the prompt, None for ``inputs_embeds``.
         mode: ``"prompt"`` while prompt rows run, ``"edited"`` once every row of a forward is edited.
         past: columns before this forward; a tensor under a static cache while decoding.
@@ -34,6 +35,7 @@ class Call:
     """
 
     prompt: TokenLayout
+    methods: tuple[Method, ...] = ()
     input_ids: Tensor | None = None
     mode: Mode = "prompt"
     done: bool = False

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,11 +58,14 @@ class Engine:
         self.undo: list[Any] = []
         self.handles: list[Any] = []
         self._pending: dict[str, Any] | None = None
-        self._depth = 0
+        self._depth = 0  # calls that are running, one inside the other
+        self._bare = False  # whether a bare forward is running
+        self._owner = 0  # the thread whose calls these are
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "call": None, "spans": None, "_pending": None, "_depth": 0}
+        idle = {"call": None, "spans": None, "_pending": None, "_depth": 0, "_bare": False, "_owner": 0}
+        return {**self.__dict__, **idle, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -140,7 +143,7 @@ class Engine:
         image_runs = [runs(row) for row in visual]
         images = split_images(self.model_config, image_runs, inputs)
         layout = build_layout(visual, mask, query, role, images)
-        call = Call(prompt=layout, input_ids=ids if isinstance(ids, Tensor) else None, batch=batch)
+        call = Call(prompt=layout, methods=self.active, input_ids=ids if isinstance(ids, Tensor) else None, batch=batch)
         cache = inputs.get("past_key_values")
         call.first = host.cached_length(cache) if cache is not None and hasattr(cache, "get_seq_length") else 0
         call.earlier = getattr(cache, CACHE_NOTE, None)
@@ -175,14 +178,30 @@ class Engine:
     @contextmanager
     def running(self, inputs: Mapping[str, Any]) -> Iterator[Call]:
         """One call: its context is there inside and gone outside, whatever happens."""
-        with self._lock:
-            outer, outer_depth = self.call, self._depth
-            try:
-                self.call = self.build_call(inputs)
-                self._depth = outer_depth + 1
-                yield self.call
-            finally:
-                self.call, self._depth, self._pending = outer, outer_depth, None
+        self._acquire()
+        outer, outer_depth = self.call, self._depth
+        try:
+            self.call = self.build_call(inputs)
+            self._depth = outer_depth + 1
+            yield self.call
+        finally:
+            self.call, self._depth, self._pending = outer, outer_depth, None
+            self._lock.release()
+
+    def _acquire(self) -> None:
+        """Wait for this thread's turn."""
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+        if self._bare:  # an interrupt (Ctrl-C) ended this thread's last bare forward without running its hooks
+            self._end_bare()
+
+    def _end_bare(self) -> None:
+        self.call, self._pending, self._bare = None, None, False
+        self._lock.release()
+
+    def _inside(self) -> bool:
+        """Whether this forward belongs to a call that is running. A compiled step always does."""
+        return self._depth > 0 and (torch.compiler.is_compiling() or self._owner == threading.get_ident())
 
     def generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The class's own ``generate`` inside a call."""
@@ -206,28 +225,27 @@ class Engine:
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A bare forward starts a call, or goes on with the one its cache remembers."""
-        if self._depth or not self.active:
+        if not self.active or self._inside():
             return
         inputs = {**_named(module, args), **kwargs}
         cache = inputs.get("past_key_values")
         known: Call | None = getattr(cache, CACHE_NOTE, None)
-        self._lock.acquire()
+        self._acquire()
+        self._bare = True
         try:
-            if known is not None and known.done and inputs.get("pixel_values") is None and host.cached_length(cache):
+            goes_on = known is not None and known.done and known.methods == self.active
+            if goes_on and inputs.get("pixel_values") is None and host.cached_length(cache):
                 self.call = known
             else:
                 self.call = self.build_call(inputs)
         except BaseException:
-            self._lock.release()
+            self._end_bare()
             raise
 
     def after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """End a bare forward (also after an exception)."""
-        if self._depth or not self.active:
-            return
-        self.call = self._pending = None
-        with suppress(RuntimeError):  # the call was refused before it began
-            self._lock.release()
+        """End a bare forward (also after an exception, also after one that was refused before it began)."""
+        if self._bare and self._owner == threading.get_ident():
+            self._end_bare()
 
     def before_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -106,10 +106,10 @@ def patch(
         ]
     setattr(model, TAG, engine)
     if hasattr(type(model), "generate"):
-        model.generate = types.MethodType(_generate, model)  # type: ignore[assignment]
+        model.generate = partial(_generate, model)  # type: ignore[assignment]  # a bound method would not pickle
     for name in _REFUSED_CALLS:
         if hasattr(type(model), name):
-            setattr(model, name, types.MethodType(_refuse_batching, model))
+            setattr(model, name, partial(_refuse_batching, model))
     host.warn_if_untested()
     return model
 
