@@ -22,7 +22,7 @@ COLUMNS = {
         "chair_s": "CHAIR_S ↓",
         "chair_i": "CHAIR_I ↓",
         "recall": "recall ↑",
-        "precision": "precision ↑",
+        "precision": "prec. ↑",
         "f1": "F1 ↑",
         "length": "length",
     },
@@ -39,10 +39,10 @@ def results_table(results: Mapping[str, Any]) -> Group:
         not pope and all(len({str(m[group]) for group in groups}) == 1 for m in results["metrics"].values())
     ):
         groups = groups[:1]
-    tables = []
+    tables: list[Table | Text] = []
     for group in groups:
         name = {"mean": "mean of the splits"}.get(group, f"ground truth: {group}" if not pope else group)
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=name, title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=name, title_justify="left", show_edge=False)
         table.add_column("", style="bold", overflow="fold", min_width=10)
         for title in columns.values():
             table.add_column(title, justify="right", no_wrap=True, min_width=9)
@@ -55,7 +55,7 @@ def results_table(results: Mapping[str, Any]) -> Group:
             if pope:
                 cells.append(str(metrics[group]["unparsed"]))
             table.add_row(label + part, *cells)
-        tables.append(table)
+        tables += [table, Text("")]
     title = f"{results['eval'].upper()} of {config['model']} on {config['data']}, {config['images']} images"
     legend = "In percent, with the 95 % bootstrap interval over images."
     if not pope:
@@ -64,7 +64,9 @@ def results_table(results: Mapping[str, Any]) -> Group:
 
 
 def _cell(metric: Mapping[str, float | None]) -> str:
-    if metric["low"] is None:
+    low, high = metric["low"], metric["high"]
+    if low is None or high is None:
         return f"{metric['value']:.1f}"
-    low, high = (f"{metric[end]:.1f}".replace("100.0", "100") for end in ("low", "high"))
-    return f"{metric['value']:.1f}\n[dim]{low}–{high}[/dim]"
+    # No decimals from 100 on: all columns have to fit into 80 characters.
+    ends = "–".join(f"{end:.0f}" if end >= 99.95 else f"{end:.1f}" for end in (low, high))
+    return f"{metric['value']:.1f}\n[dim]{ends}[/dim]"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import vlm_attn
 from vlm_attn.evals import pope, runner
 from vlm_attn.evals.coco import CocoDataset
 from vlm_attn.evals.prompts import PLAIN_TEMPLATE, build_inputs, chat_prompt, generate
-from vlm_attn.evals.report import results_table
+from vlm_attn.evals.report import COLUMNS, results_table
 from vlm_attn.evals.specs import parse_specs
 from vlm_attn.evals.tasks import Task, chair_task, image_ids_hash, pope_task
 
@@ -301,3 +302,28 @@ def test_real_photos_run_through(tiny_model: tuple[Any, Any], tmp_path: Path) ->
         results = run(task, tiny_model, tmp_path / task.name)
         assert results["status"] == "complete"
         assert set(results["metrics"]) == {"baseline", "gift"}
+
+
+@pytest.mark.parametrize("name", ["pope", "chair"])
+def test_table_fits_into_80_columns(name: str) -> None:
+    from rich.console import Console
+
+    metric = {"value": 123.4, "low": 99.94, "high": 134.56}
+    columns = ["accuracy", "precision", "recall", "f1", "yes_ratio", "chair_s", "chair_i", "length"]
+    group = dict.fromkeys(columns, metric) | {"unparsed": 3000}
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(
+        results_table(
+            {
+                "eval": name,
+                "config": {"model": "m", "data": "d", "images": 500},
+                "counts": {"samples": 10, "finished": {"var+gift": 5}},
+                "metrics": {"var+gift": {"random": group}},
+            }
+        )
+    )
+    text = console.export_text()
+    for cell in ("var+gift", "5 of 10 done", "99.9–135", "123.4"):
+        assert cell in text
+    assert text.count("99.9–135") == len(COLUMNS[name])
+    assert "…" not in text
