@@ -56,6 +56,8 @@ class Var(Method):
         check_range(self, "tau", 0, 1000, open_low=True)
         for field in ("rho", "p", "visual_floor"):
             check_range(self, field, 0, 1)
+        if not isinstance(self.code_parity, bool):
+            raise TypeError(f"var: code_parity must be True or False, got {self.code_parity!r}")
         if self.layers:
             layer_tuple(self, "layers")
 

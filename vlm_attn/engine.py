@@ -22,7 +22,7 @@ from vlm_attn.call import Call
 from vlm_attn.chat import ChatTemplate, find_question
 from vlm_attn.families import family_of, image_token_ids, split_images
 from vlm_attn.kernels import Edit
-from vlm_attn.layout import Span, build_layout, check_span, runs, visual_columns
+from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
 from vlm_attn.method import Method
 
 CACHE_NOTE = "_vlm_attn_call"  # a cache remembers the call that filled it, for decode loops and later turns
@@ -117,9 +117,9 @@ class Engine:
 
         if spans.get("visual") is not None:
             visual = torch.zeros(batch, length, dtype=torch.bool, device=device)
-            for row, row_spans in enumerate(spans["visual"]):
-                for span in [row_spans] if isinstance(row_spans[0], int) else row_spans:
-                    start, stop = check_span(span, row, first[row], length)
+            for row, row_spans in enumerate(per_row(spans["visual"], batch, "visual")):
+                for span in [row_spans] if is_span(row_spans) else row_spans:
+                    start, stop = check_span(span, row, first[row], length, "visual")
                     visual[row, start:stop] = True
         elif isinstance(ids, Tensor) and ids.shape == (batch, length):
             visual = visual_columns(ids, image_token_ids(self.model_config))
@@ -159,12 +159,7 @@ class Engine:
         if callable(given):
             given = given(ids, mask)
         if given is not None:
-            if isinstance(given[0], int):
-                given = [given] * batch
-            if len(given) != batch:
-                raise ValueError(
-                    f"{len(given)} query spans for {batch} rows: give one (start, stop) per row, or one for all"
-                )
+            given = per_row(given, batch, "query")
             query = [check_span(span, row, first[row], length) for row, span in enumerate(given)]
             return query, [length - stop for _, stop in query]
         query, role = [], []

@@ -77,6 +77,11 @@ def check_editable(model: Any, text_config: Any) -> str:
             f"attention implementation {base!r} cannot be edited. "
             'Load the model with attn_implementation="sdpa" (or "eager") and patch again'
         )
+    if base == "sdpa" and getattr(text_config, "attn_logit_softcapping", None):
+        raise NotImplementedError(
+            "this model caps its attention logits (attn_logit_softcapping), which SDPA cannot do: "
+            'load it with attn_implementation="eager" and patch again'
+        )
     return base
 
 

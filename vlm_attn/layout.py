@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,28 @@ def build_layout(
     return TokenLayout(group=group, images=tuple(images), query=tuple(query))
 
 
-def check_span(span: Span, row: int, first: int, length: int) -> Span:
+def is_span(value: Any) -> bool:
+    """Whether a value is a pair of integers."""
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, int) for v in value)
+
+
+def per_row(given: Any, batch: int, what: str) -> Sequence[Any]:
+    """Spans as they may be given, one entry per row; a single pair stands for every row.
+
+    Raises:
+        TypeError: neither a pair nor a list.
+        ValueError: another number of entries than rows.
+    """
+    if is_span(given):
+        return [given] * batch
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise TypeError(f"{what} spans must be (start, stop) or a list with one entry per row, got {given!r}")
+    if len(given) != batch:
+        raise ValueError(f"{len(given)} {what} spans for {batch} rows: give one (start, stop) per row, or one for all")
+    return given
+
+
+def check_span(span: Any, row: int, first: int, length: int, what: str = "query") -> Span:
     """Turn a span of the unpadded prompt into absolute columns.
 
     Args:
@@ -145,14 +167,18 @@ def check_span(span: Span, row: int, first: int, length: int) -> Span:
         row: row of the batch, for the message.
         first: number of padding columns before the prompt.
         length: number of columns with padding.
+        what: what it is a span of, for the message.
 
     Raises:
+        TypeError: not a pair of integers.
         ValueError: empty, reversed or outside the prompt.
     """
-    start, stop = int(span[0]), int(span[1])
+    if not is_span(span):
+        raise TypeError(f"{what} span {span!r} of row {row} is no pair of integers (start, stop)")
+    start, stop = span
     if not 0 <= start < stop <= length - first:
         raise ValueError(
-            f"query span ({start}, {stop}) of row {row} lies outside its prompt of {length - first} tokens: "
+            f"{what} span ({start}, {stop}) of row {row} lies outside its prompt of {length - first} tokens: "
             "give half-open columns of the unpadded prompt, 0 <= start < stop <= length"
         )
     return start + first, stop + first

@@ -14,6 +14,7 @@ from vlm_attn.attention import TAG, Tag
 from vlm_attn.chat import read_template, tokenizer_of
 from vlm_attn.engine import Engine, LayerHook
 from vlm_attn.families import image_token_ids
+from vlm_attn.layout import is_span
 from vlm_attn.method import Method, ModelFacts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,6 +80,10 @@ def patch(
         hidden=text_config.hidden_size,
     )
     methods = resolve(method, parameters, top, facts, preset)
+    if not (query_span is None or callable(query_span) or (is_span(query_span) and 0 <= query_span[0] < query_span[1])):
+        raise ValueError(
+            f"query_span={query_span!r}: give half-open columns (start, stop) with 0 <= start < stop, or a callable"
+        )
     template = None
     if processor is not None:
         check_processor(processor, top, text_config)
@@ -194,8 +199,12 @@ def resolve(
     Raises:
         ValueError, TypeError: see :func:`patch`.
     """
-    several = not isinstance(method, str | Method)
+    several = isinstance(method, Sequence) and not isinstance(method, str)
     items: Sequence[str | Method] = method if several else [method]  # type: ignore[list-item,assignment]
+    if not all(isinstance(item, str | Method) for item in items):
+        raise TypeError(
+            f"a method is a name such as 'gift', an instance such as Gift(alpha=4.0), or a list of them; got {method!r}"
+        )
     if not items:
         raise ValueError("no method given: pass a name such as 'gift', an instance, or a list of them")
     if parameters and (several or isinstance(method, Method)):
@@ -203,6 +212,8 @@ def resolve(
             f"parameters ({', '.join(parameters)}) go with a single name; "
             "inside a list, give instances: [Gift(alpha=4.0), 'var']"
         )
+    if preset is not None:
+        presets.fitting(preset, config)
     built = [
         item if isinstance(item, Method) else registry.build(item, **{**_constants(item, config, preset), **parameters})
         for item in items

@@ -33,10 +33,14 @@ def load(preset: str) -> dict[str, Any]:
         raise ValueError(f"no preset named {preset!r} and no such file: {suggest(preset, bundled())}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"preset {path}: not readable as JSON ({error})") from error
-    if not isinstance(data, dict) or not isinstance(data.get("methods"), dict):
-        raise ValueError(f"preset {path}: needs an object with a 'methods' table")
+    methods, model = (data.get("methods"), data.get("model", {})) if isinstance(data, dict) else (None, None)
+    tables = [*methods.values(), model] if isinstance(methods, dict) else [None]
+    if not all(isinstance(table, dict) for table in tables):
+        raise ValueError(
+            f"preset {path}: needs an object with a 'methods' table of tables (and perhaps a 'model' table)"
+        )
     return data
 
 
@@ -55,6 +59,19 @@ def mismatch(preset: dict[str, Any], config: Any) -> str | None:
     return None
 
 
+def fitting(preset: str, config: Any) -> dict[str, Any]:
+    """A preset by name or path, for a model.
+
+    Raises:
+        ValueError: see :func:`load`, or it is for another model.
+    """
+    data = load(preset)
+    reason = mismatch(data, config)
+    if reason:
+        raise ValueError(f"preset {preset!r} does not fit this model: {reason}")
+    return data
+
+
 def constants(name: str, config: Any, preset: str | None) -> dict[str, Any]:
     """A method's constants for a model.
 
@@ -70,13 +87,10 @@ def constants(name: str, config: Any, preset: str | None) -> dict[str, Any]:
         ValueError: the preset asked for is for another model, or has nothing for this method.
     """
     if preset is None:
-        fitting = [p for p in bundled().values() if name in p["methods"] and mismatch(p, config) is None]
-        found = fitting[0]["methods"][name] if fitting else {}
+        own = (p for p in bundled().values() if name in p["methods"] and mismatch(p, config) is None)
+        found = next(own, {"methods": {name: {}}})["methods"][name]
     else:
-        data = load(preset)
-        reason = mismatch(data, config)
-        if reason:
-            raise ValueError(f"preset {preset!r} does not fit this model: {reason}")
+        data = fitting(preset, config)
         if name not in data["methods"]:
             raise ValueError(f"preset {preset!r} has nothing for {name!r}, only for: {', '.join(data['methods'])}")
         found = data["methods"][name]
