@@ -14,6 +14,8 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     Gemma2Config,
+    GotOcr2Config,
+    GotOcr2ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -443,6 +445,21 @@ class TestModels:
             text_config=text, vision_config={**small, "image_size": 16, "patch_size": 4}, projection_dim=16
         )
         self.refuses(BlipForConditionalGeneration(config), "Blip")
+
+    def test_got_ocr2(self) -> None:
+        """Its vision tower cannot switch its attention, its decoder can, and only the decoder is edited."""
+        vision = {"hidden_size": 32, "output_channels": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+                  "image_size": 256, "mlp_dim": 48, "window_size": 2, "global_attn_indexes": [1]}  # fmt: skip
+        text = {**tiny.TEXT, "num_key_value_heads": 2, "model_type": "qwen2"}
+        torch.manual_seed(0)
+        config = GotOcr2Config(vision_config=vision, text_config=text, image_token_id=tiny.IMAGE)
+        model = GotOcr2ForConditionalGeneration(config).eval()
+        ids = torch.tensor([[1, 5, *[tiny.IMAGE] * 16, 7, 8, 9, 10]])
+        x = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 256, 256)}
+        plain = logits(model, x)
+        with on(model, "gift"):
+            differ(logits(model, x)[:, -1], plain[:, -1])
+        assert torch.equal(logits(model, x), plain)
 
     def refuses(self, model: Any, *says: str) -> None:
         before = state(model)
