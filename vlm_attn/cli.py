@@ -212,6 +212,10 @@ def caption(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write captions here; - is the screen.")
     ] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Also draw, on every picture, where the prompt makes the model look."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -242,9 +246,26 @@ def caption(
                 rows.append(row)
             records += rows
             _print_captions(console, name, objects, rows)
+            if overlay is not None:
+                file = _draw_saliency(loaded, processor, image, prompt, preset, overlay, name)
+                console.print(f"Where the prompt looks: {file}")
     finally:  # also what is finished before an error or Ctrl-C
         if json_file is not None and records:
             _write_json(json_file, {"model": model, "prompt": prompt, "captions": records})
+
+
+def _draw_saliency(
+    model: Any, processor: Any, image: Any, prompt: str, preset: str | None, folder: Path, name: str
+) -> Path:
+    """Save the picture with gift's saliency map over it; returns the file."""
+    import vlm_attn
+
+    inputs = _evals("prompts").build_inputs(model, processor, [image], [prompt])
+    maps = vlm_attn.saliency(model, inputs, processor=processor, preset=preset)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{Path(name.replace(':', '-').replace('/', '-') if ':' in name else name).stem}.png"
+    importlib.import_module("vlm_attn.demo").overlay(image, maps[0]).save(file)
+    return file
 
 
 def _hallucinated(text: str, objects: Sequence[str]) -> list[dict[str, Any]]:
