@@ -104,5 +104,5 @@ def test_an_exported_model_loads_and_can_be_looked_at(tmp_path):
     for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(a.bfloat16().float(), b), name
     figures = train.quick_check(loaded, TINY, scenes=4)
-    assert set(figures) == {"pope_random", "pope_companions", "yes", "recall", "chair_i"}
+    assert {"pope_random", "pope_companions", "yes", "recall", "chair_i", "companions", "named_small"} <= set(figures)
     assert all(0 <= v <= 1 for v in figures.values())
