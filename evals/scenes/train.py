@@ -23,7 +23,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def build_model(settings: Settings) -> LlavaForConditionalGeneration:
         )
     )
     # Features are matched against embeddings, so these must not start near zero.
-    nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
+    nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.3)
     return model
 
 
@@ -225,7 +225,7 @@ def patch_loss(
     """Cross-entropy of patches against the word embeddings of `classes`, plus `pull` x squared distance."""
     hidden = model.model.vision_tower(pixel_values=normalise(batch["pixels"])).last_hidden_state[:, 1:]
     features = model.model.multi_modal_projector(hidden).float().flatten(0, 1)
-    words = model.get_input_embeddings().weight[classes].float()
+    words = model.model.language_model.embed_tokens.weight[classes].float()
     logits, wanted = features @ words.T / 3, batch["patches"].flatten()
     loss = F.cross_entropy(logits, wanted)
     if pull:
@@ -330,7 +330,7 @@ def quick_check(model: LlavaForConditionalGeneration, settings: Settings, scenes
             said_yes += [answer] * (2 if kind == "both" else 1)
         prompt = coder.row([(text.CAPTION_PROMPTS[0], "")])[0][:-1]
         ids = torch.tensor([prompt] * len(part), device=device)
-        out = model.generate(
+        out = model.generate(  # type: ignore[misc]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             pixel_values=normalise(images),
@@ -392,11 +392,8 @@ def run_stage(
     device = next(model.parameters()).device
     coder = Coder(1)
     classes = [coder.ids(w)[0] for w in (text.BACKGROUND, *world.CATEGORIES)]
-    class_ids, yes_no = (
-        torch.tensor(classes, device=device),
-        torch.tensor([coder.ids(w)[0] for w in ("yes", "no")]),
-    )
-    yes_no = yes_no.to(device)
+    class_ids = torch.tensor(classes, device=device)
+    yes_no = torch.tensor([coder.ids(w)[0] for w in ("yes", "no")], device=device)
     tuned = optimizers(model, rate)
     together = distributed.is_available() and distributed.is_initialized()
     part, parts = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
@@ -481,7 +478,7 @@ def export(model: LlavaForConditionalGeneration, settings: Settings, path: Path)
 def train(
     settings: Settings,
     folder: Path,
-    stages: Iterator[str] | tuple[str, ...] = STAGES,
+    stages: Sequence[str] = STAGES,
     *,
     resume: bool = False,
     **run: Any,
@@ -493,10 +490,9 @@ def train(
     """
     stages = tuple(stages)
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cpu")
-    if torch.accelerator.is_available():
-        device = torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
-    model = build_model(settings).to(device)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device(accelerator.type, torch.accelerator.current_device_index()) if accelerator else "cpu"
+    model = build_model(settings).to(device)  # type: ignore[arg-type]
     state = None
     if resume or stages[0] != STAGES[0]:
         state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)

@@ -459,10 +459,12 @@ def captions(scene: Scene) -> list[str]:
     return out
 
 
-def annotations(split: str, indices: Sequence[int]) -> tuple[dict, dict]:
+def coco_annotations(split: str, indices: Sequence[int]) -> tuple[dict, dict]:
     """Return COCO `instances` and `captions` dicts of some scenes of a split; segmentations are the boxes."""
     categories = [{k: c[k] for k in ("id", "name", "supercategory")} for c in _INDEX["categories"]]
-    images, instances, texts = [], [], []
+    images: list[dict] = []
+    instances: list[dict] = []
+    texts: list[dict] = []
     for index in indices:
         s = scene(split, index)
         name = f"scenes_{split}_{index:06d}.png"
@@ -500,5 +502,5 @@ def dataset(split: str = "validation", limit: int | None = None) -> CocoDataset:
     if size is None and limit is None and split in SPLITS:
         raise ValueError(f"the {split} split is endless: give a limit")
     count = limit if size is None else size if limit is None else min(limit, size)
-    instances, texts = annotations(split, range(count or 0))
+    instances, texts = coco_annotations(split, range(count or 0))
     return CocoDataset(f"scenes:{split}", instances, texts, lambda image_id: render(scene_of(image_id)))

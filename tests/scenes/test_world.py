@@ -126,7 +126,7 @@ def test_reference_captions_are_true_and_complete():
 
 def test_coco_dicts_load_in_pycocotools(tmp_path):
     coco = pytest.importorskip("pycocotools.coco")
-    instances, captions = world.annotations("validation", range(20))
+    instances, captions = world.coco_annotations("validation", range(20))
     for name, content in (("instances.json", instances), ("captions.json", captions)):
         (tmp_path / name).write_text(json.dumps(content))
     with contextlib.redirect_stdout(io.StringIO()):
