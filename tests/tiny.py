@@ -1,6 +1,6 @@
 """Tiny models with random weights, built from config: hosts for tests of the engine. No download, milliseconds a forward.
 
-``FAMILIES`` maps a family to a function that builds ``(model, make_inputs)``; ``make_inputs(prompts)`` turns a list of prompts into
+``FAMILIES`` maps a family to a function that builds ``(model, make_inputs)``; ``make_inputs(prompts)`` turns prompts into
 a left-padded batch. A prompt is a list of parts: ``"image"`` or an int, the number of text tokens to draw.
 """
 
@@ -35,19 +35,19 @@ from transformers import (
 
 VOCAB, IMAGE, PAD, BOS, EOS = 128, 120, 0, 1, 2
 START, END = 121, 122  # markers around an image, for families that have them
-TEXT = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-    pad_token_id=PAD,
-    bos_token_id=BOS,
-    eos_token_id=EOS,
-    initializer_range=0.3,  # attention that is far from uniform
-)
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "initializer_range": 0.3,  # attention that is far from uniform
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 Inputs = dict[str, Any]
 Prompt = Sequence[int | str]
 Built = tuple[Any, Callable[..., Inputs]]
@@ -90,9 +90,7 @@ def llava(kv_heads: int = 2) -> Built:
     model = _finish(LlavaForConditionalGeneration(config))
 
     def inputs(prompts: Sequence[Prompt], seed: int = 0) -> Inputs:
-        return _batch(
-            prompts, [IMAGE] * 9, lambda n, g: {"pixel_values": torch.randn(n, 3, 12, 12, generator=g)}, seed
-        )
+        return _batch(prompts, [IMAGE] * 9, lambda n, g: {"pixel_values": torch.randn(n, 3, 12, 12, generator=g)}, seed)
 
     return model, inputs
 
@@ -150,22 +148,30 @@ def _qwen(config_class: Any, model_class: Any, vision: dict[str, Any]) -> Built:
 
 
 def qwen2_vl() -> Built:
-    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=4, spatial_merge_size=2)
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+    }
     return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision)
 
 
 def qwen2_5_vl() -> Built:
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        out_hidden_size=32,
-        intermediate_size=48,
-        num_heads=4,
-        patch_size=4,
-        spatial_merge_size=2,
-        window_size=16,
-        fullatt_block_indexes=[1],
-    )
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
     return _qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision)
 
 
@@ -198,7 +204,9 @@ def gemma3(sliding_window: int = 256) -> Built:
     )
     torch.manual_seed(0)
     model = _finish(Gemma3ForConditionalGeneration(config))
-    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.3)  # the host leaves zeros
+    torch.nn.init.normal_(
+        model.model.multi_modal_projector.mm_input_projection_weight, std=0.3
+    )  # the host leaves zeros
 
     def inputs(prompts: Sequence[Prompt], seed: int = 0) -> Inputs:
         image = [START, *[IMAGE] * 4, END]

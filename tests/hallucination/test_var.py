@@ -202,7 +202,7 @@ def var_oracle(model: Any, x: Inputs, settings: dict[str, Any]) -> Any:
 class TestWhole:
     @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
     @pytest.mark.parametrize(
-        "changes", [{}, {"p": 0.9, "rho": 0.6}, {"code_parity": True, "p": 0.3, "rho": 0.9, "tau": 1.3}]
+        "changes", [{}, {"p": 0.9, "rho": 0.6}, {"code_parity": True, "p": 0.3, "rho": 0.9, "tau": 1.0}]
     )
     def test_greedy(self, family: str, changes: dict[str, Any]) -> None:
         model, inputs = tiny.FAMILIES[family]()
