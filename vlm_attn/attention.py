@@ -72,7 +72,7 @@ def vlm_attention(
         return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     call = tag.engine.call if tag is not None else None
-    if tag is None or call is None:
+    if tag is None or call is None or call.mode == "other":
         return plain()
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:

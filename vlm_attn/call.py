@@ -14,7 +14,7 @@ from vlm_attn.layout import TokenLayout
 if TYPE_CHECKING:
     from vlm_attn.method import Method
 
-Mode = Literal["prompt", "edited"]
+Mode = Literal["prompt", "edited", "other"]
 
 
 @dataclass
@@ -27,7 +27,10 @@ class Call:
         prompt: layout of the prompt as it was given, one row per sample.
         methods: the methods that are applied.
         input_ids: ``[B, P]`` ids of the prompt, None for ``inputs_embeds``.
-        mode: ``"prompt"`` while prompt rows run, ``"edited"`` once every row of a forward is edited.
+        mode: ``"prompt"`` while prompt rows run, ``"edited"`` once every row of a forward is edited, ``"other"`` in a forward
+            that is not this call's.
+        done: whether the whole prompt has run.
+        cached_prompt: whether a cache holds it, so that what follows comes with that cache.
         past: columns before this forward; a tensor under a static cache while decoding.
         length: rows of this forward.
         first: columns that were in the cache when the call began.
@@ -39,6 +42,7 @@ class Call:
     input_ids: Tensor | None = None
     mode: Mode = "prompt"
     done: bool = False
+    cached_prompt: bool = False
     past: int | Tensor = 0
     length: int = 0
     first: int = 0

@@ -257,6 +257,9 @@ class Engine:
         kwargs = {**_named(module, args), **kwargs}
         cache = kwargs.get("past_key_values")
         embeds = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        if not self._continues(call, cache):
+            call.mode = "other"
+            return None
         call.batch, call.length = embeds.shape[:2]
         if call.done and cache is not None:
             call.past = cache.get_seq_length()
@@ -275,6 +278,15 @@ class Engine:
             self._pending = {"done": end >= prompt}
             return (), kwargs
         return (), self._run_body(module, kwargs, cache, past, prompt)
+
+    def _continues(self, call: Call, cache: Any) -> bool:
+        """Whether a forward is the call's own, and not that of another stream beside it (classifier-free guidance runs the text
+        alone, on a cache of its own)."""
+        if not call.done or torch.compiler.is_compiling():
+            return True
+        if cache is None:
+            return not call.cached_prompt
+        return getattr(cache, CACHE_NOTE, None) is call
 
     def _run_body(
         self, module: nn.Module, kwargs: dict[str, Any], cache: Any, past: int, prompt: int
@@ -333,6 +345,7 @@ class Engine:
                 for edit in (m.edit(call, layer) for m in self.active):
                     if edit is not None and cache is not None:
                         edit.over(sum(host.key_window(cache, 1, layer)))
+        call.cached_prompt = cache is not None and not pending.get("drop_cache")
         if cache is not None:
             setattr(cache, CACHE_NOTE, call)
         body = pending.get("body")
@@ -351,7 +364,7 @@ class Engine:
     def before_layer(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reduce a layer's input for the methods that read it, while the prompt runs."""
         call = self.call
-        if call is None or call.done:
+        if call is None or call.done or call.mode == "other":
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         for method in self.active:

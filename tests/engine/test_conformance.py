@@ -317,6 +317,34 @@ class TestConformance:
             tokens, _ = generate(family.model, x, streamer=streamer)
         assert streamer.tokens == [*x["input_ids"][0].tolist(), *tokens[0].tolist(), -1]
 
+    def test_classifier_free_guidance(self, family: Family, method: str) -> None:
+        """The stream without the image, on its own cache, is the plain model's; the one with the image is edited as ever."""
+        x = family.one(seed=3)
+        width = x["input_ids"].shape[1]
+
+        def run() -> Any:
+            with torch.no_grad():
+                return family.model.generate(
+                    **x, guidance_scale=1.5, do_sample=False, max_new_tokens=5,
+                    output_logits=True, output_scores=True, return_dict_in_generate=True,
+                )  # fmt: skip
+
+        stock(run)
+        with on(family.model, method), margins() as margin:
+            guided = run()
+            new = guided.sequences[:, width:]
+            force = LogitsProcessorList([Force(new, width)])
+            same((new, torch.stack(guided.logits)), generate(family.model, x, new=5, logits_processor=force))
+        margin.check()
+        cache = None
+        for step in range(5):
+            with torch.no_grad():
+                ids = guided.sequences[:, width - 1 + step : width + step]
+                out = family.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, without = out.past_key_values, out.logits[:, -1].log_softmax(-1)
+            seen = guided.logits[step].log_softmax(-1)
+            close(guided.scores[step], 1.5 * (seen - without) + without)
+
     def test_hidden_states(self, family: Family, method: str) -> None:
         x = family.one()
         with torch.no_grad():
