@@ -35,6 +35,8 @@ def saliency(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> lis
         ValueError: the model is patched with methods that make no map; whatever :func:`vlm_attn.patch` raises.
     """
     if not is_patched(model):
+        if "saliency_layers" in options:  # the map alone needs no layers to enhance
+            options.setdefault("enhance_layers", options["saliency_layers"])
         with patched(model, "gift", **options):
             return saliency(model, inputs)
     if options:
@@ -43,7 +45,7 @@ def saliency(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> lis
     was, engine.force = engine.force, True
     try:
         with engine.running(inputs) as call, torch.no_grad():
-            model(**inputs, use_cache=True)
+            model(**{**inputs, "use_cache": True})
             maps = [memory["saliency"] for m in engine.methods if "saliency" in (memory := call.memory(m))]
     finally:
         engine.force = was

@@ -12,6 +12,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class Engine:
         self.spans: dict[str, Any] | None = None
         self.undo: list[Any] = []
         self.handles: list[Any] = []
+        self.shadowed: dict[str, Any] = {}  # what others had bound to the model under the names that patch() binds
         self._pending: dict[str, Any] | None = None
         self._depth = 0  # calls that are running, one inside the other
         self._bare = False  # whether a bare forward is running
@@ -200,9 +202,9 @@ class Engine:
 
     def generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The class's own ``generate`` inside a call."""
-        stock = type(model).generate
+        stock = self.shadowed.get("generate") or partial(type(model).generate, model)
         if not self.active:
-            return stock(model, *args, **kwargs)
+            return stock(*args, **kwargs)
         inputs = dict(kwargs)
         if args and "input_ids" not in inputs:
             inputs["input_ids"] = args[0]
@@ -214,7 +216,7 @@ class Engine:
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             raise ValueError("a patched model generates from input_ids or inputs_embeds; neither was given")
         with self.running(inputs):
-            return stock(model, *args, **kwargs)
+            return stock(*args, **kwargs)
 
     # Hooks
 

@@ -110,6 +110,7 @@ def patch(
             for index, layer in enumerate(layers)
         ]
     setattr(model, TAG, engine)
+    engine.shadowed = {name: model.__dict__[name] for name in ("generate", *_REFUSED_CALLS) if name in model.__dict__}
     if hasattr(type(model), "generate"):
         model.generate = partial(_generate, model)  # type: ignore[assignment]  # a bound method would not pickle
     for name in _REFUSED_CALLS:
@@ -133,6 +134,7 @@ def unpatch(model: Model) -> Model:
         module.__dict__.pop(TAG, None)
     for name in ("generate", *_REFUSED_CALLS):
         model.__dict__.pop(name, None)
+    model.__dict__.update(engine.shadowed)
     return model
 
 

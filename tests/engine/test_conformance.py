@@ -548,3 +548,43 @@ class TestCompiled:
             same(generate(family.model, x, **options), wanted)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         same(generate(family.model, x, **options), plain)
+
+    def test_second_call_compiles_nothing(self, method: str) -> None:
+        """Another prompt of the same length: nothing in the graph belongs to a single call."""
+        family = Family("llava", *tiny.llava())
+        compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+        compiled._compile_all_devices = True
+        options = {"cache_implementation": "static", "compile_config": compiled, "new": 4}
+        with on(family.model, method):
+            for seed in (1, 2, 3):
+                wanted = generate(family.model, family.one(seed), new=4)
+                same(generate(family.model, family.one(seed), **options), wanted)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+class TestLong:
+    @pytest.mark.parametrize("method", ACTIVE)
+    def test_many_new_tokens(self, method: str) -> None:
+        """More than the engine's buffers start with."""
+        family = family_of("llava")
+        x = family.batch()
+        options: dict[str, Any] = {"new": 90, "suppress_tokens": [tiny.IMAGE]}
+        with on(family.model, method), margins() as margin:
+            cached = generate(family.model, x, **options)
+            static = generate(family.model, x, cache_implementation="static", **options)
+            uncached = generate(family.model, x, use_cache=False, **options)
+        margin.check(1e-6)
+        same(static, cached)
+        same(uncached, cached)
+
+    @pytest.mark.parametrize("rows", [1, 4, 7])
+    @pytest.mark.parametrize("name", tiny.FAMILIES)
+    def test_prompt_rows_are_edited_in_parts(self, name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """How many rows are edited at once is a matter of memory, not of the result."""
+        family = family_of(name)
+        x = family.batch()
+        with on(family.model, "var"):
+            wanted = logits(family.model, x)
+            monkeypatch.setattr("vlm_attn.attention.ROWS_AT_ONCE", rows)
+            kept = x["attention_mask"].bool()
+            close(logits(family.model, x)[kept], wanted[kept])

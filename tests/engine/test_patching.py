@@ -122,6 +122,24 @@ class TestUndo:
         assert not vlm_attn.is_patched(again)
         assert torch.equal(logits(again, x), plain)
 
+    def test_a_generate_bound_by_others(self, llava: tiny.Built) -> None:
+        """Somebody else's wrapper is called, and is there again afterwards."""
+        model, inputs = llava
+        x, calls = inputs([PROMPT]), []
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return type(model).generate(model, *args, **kwargs)
+
+        with on(model, "gift"):
+            wanted = generate(model, x)
+        model.generate = wrapper
+        with on(model, "gift"):
+            same(generate(model, x), wanted, 0.0)
+            assert calls == [1]
+        assert model.generate is wrapper
+        del model.generate
+
 
 class TestPatched:
     def test_undone_on_leaving(self, llava: tiny.Built) -> None:

@@ -46,6 +46,13 @@ class TestSaliency:
         assert not vlm_attn.is_patched(model)
         assert torch.equal(logits(model, x), plain)
 
+    def test_layers_of_the_map_are_enough(self) -> None:
+        model, inputs = tiny.llava()
+        x = inputs([[3, "image", 9]])
+        (wanted,) = vlm_attn.saliency(model, x, **GIFT)
+        (found,) = vlm_attn.saliency(model, {**x, "use_cache": False}, saliency_layers=1, query_words="all")
+        close(found, wanted, 1e-6)
+
     def test_images_side_by_side(self) -> None:
         """Two images without a token between them are two maps."""
         model, inputs = tiny.llava()
