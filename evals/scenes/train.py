@@ -6,7 +6,7 @@ Three stages, each with a constant learning rate that falls to zero over the las
    against the embeddings of the category words.
 2. `align`: the same, and the feature is also pulled to the embedding of its word. Without an aligned projector
    the language model does not learn to answer yes/no questions in this budget.
-3. `language`: captions and questions, the tower frozen until `--unfreeze` of the steps are done.
+3. `language`: captions and questions, the tower frozen (or until `--unfreeze` of the steps are done).
 
 Batches are a function of seed, stage and step, so a resumed run goes on as if it had not stopped. To end a stage
 early, resume it with `--steps` of about 1.25 times the steps done: the rate then falls from there. Only scenes of
@@ -46,16 +46,16 @@ _FIRST_SCENE = {"tower": 0, "align": 40_000_000, "language": 80_000_000}
 class Settings:
     """All that decides the result, and is written into the checkpoint."""
 
-    steps: tuple[int, int, int] = (3000, 600, 6000)
+    steps: tuple[int, int, int] = (1200, 350, 2400)
     batch: tuple[int, int, int] = (128, 128, 32)
-    rate: tuple[float, float, float] = (2e-3, 1e-3, 1.5e-3)
+    rate: tuple[float, float, float] = (2e-3, 1.5e-3, 1e-3)
     width: int = 192
     heads: int = 6
     tower_layers: int = 5
     layers: int = 6
     image_size: int = 112
     questions: int = 8
-    unfreeze: float = 0.6
+    unfreeze: float = 1.0  # share of the language steps with a frozen tower
     seed: int = 0
 
 
