@@ -88,7 +88,7 @@ def constants(name: str, config: Any, preset: str | None) -> dict[str, Any]:
     """
     if preset is None:
         own = (p for p in bundled().values() if name in p["methods"] and mismatch(p, config) is None)
-        found = next(own, {"methods": {name: {}}})["methods"][name]
+        found: dict[str, Any] = next(own, {"methods": {name: {}}})["methods"][name]
     else:
         data = fitting(preset, config)
         if name not in data["methods"]:

@@ -573,3 +573,24 @@ class TestSpans:
                 assert call.prompt.visual[0].nonzero().flatten().tolist() == [4, 5, 6, 9, 10]
             with vlm_attn.spans(model, visual=[(4, 8)], query=[(13, 22)]):
                 differ(generate(model, x)[1][0], whole[1][0])
+
+
+class TestAccelerate:
+    """Modules whose forward is wrapped to move weights: a ``device_map`` that keeps part of the model on disk."""
+
+    def test_offloaded(self, built: tiny.Built, method: str, tmp_path: Path) -> None:
+        accelerate = pytest.importorskip("accelerate")
+        model, inputs = built
+        x = inputs([PROMPT, [1, "image", 6]])
+        with on(model, method):
+            wanted = generate(model, x)
+        plain = generate(model, x)
+        stored = accelerate.disk_offload(copy.deepcopy(model), tmp_path, execution_device=torch.device("cpu"))
+        close(stock(lambda: generate(stored, x))[1], plain[1])
+        with on(stored, method):
+            same(generate(stored, x), wanted)
+        close(generate(stored, x)[1], plain[1])
+
+    def test_wrappers_are_refused(self, llava: tiny.Built) -> None:
+        with pytest.raises(TypeError, match="DataParallel"):
+            vlm_attn.patch(torch.nn.DataParallel(llava[0]), "gift", **ACTIVE["gift"])
