@@ -192,8 +192,9 @@ def internvl() -> Built:
     return model, inputs
 
 
-def gemma3(sliding_window: int = 256) -> Built:
-    text = dict(TEXT, head_dim=8, sliding_window=sliding_window, sliding_window_pattern=2, query_pre_attn_scalar=8)
+def gemma3(sliding_window: int = 256, sliding: Sequence[bool] = (True, False, True, False)) -> Built:
+    kinds = ["sliding_attention" if local else "full_attention" for local in sliding]
+    text = dict(TEXT, head_dim=8, sliding_window=sliding_window, layer_types=kinds, query_pre_attn_scalar=8)
     config = Gemma3Config(
         text_config=Gemma3TextConfig(**text, num_key_value_heads=2),
         vision_config=SiglipVisionConfig(**VISION, image_size=16, patch_size=4),

@@ -264,7 +264,8 @@ class Engine:
             return None
         call.batch, call.length = embeds.shape[:2]
         if call.done and cache is not None:
-            call.past = cache.get_seq_length()
+            past = cache.get_seq_length()
+            call.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
             call.mode = "edited"
             return (), kwargs
         if kwargs.get("output_attentions") or getattr(self.text_config, "output_attentions", False):

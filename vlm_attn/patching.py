@@ -159,7 +159,7 @@ def patched(model: Model, method: MethodLike, **options: Any) -> Iterator[Model]
 
 @contextmanager
 def spans(model: nn.Module, *, query: Any = None, visual: Any = None) -> Iterator[None]:
-    """Say where the question (and, for ``inputs_embeds``, the image) stands, for the calls inside the block.
+    """Say where the question (and, for ``inputs_embeds``, the image) stands, for the calls inside the block, from any thread.
 
     Args:
         model: a patched model.

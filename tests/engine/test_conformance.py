@@ -474,13 +474,16 @@ class TestSecondTurn:
 
 
 @pytest.mark.parametrize("method", ACTIVE)
-@pytest.mark.parametrize("window", [12, 16])
+@pytest.mark.parametrize(
+    ("window", "sliding"),
+    [(12, (True, False, True, False)), (16, (True, False, True, False)), (14, (False, True, True, False))],
+)
 class TestSlidingWindow:
     """Gemma3 whose local layers see fewer tokens than the prompt has; parts of the image leave the window."""
 
     @pytest.fixture
-    def family(self, window: int) -> Family:
-        return Family("gemma3", *tiny.gemma3(sliding_window=window))
+    def family(self, window: int, sliding: tuple[bool, ...]) -> Family:
+        return Family("gemma3", *tiny.gemma3(window, sliding))
 
     def test_cached_is_uncached(self, family: Family, method: str, edits: list[int]) -> None:
         x = family.batch()
