@@ -73,6 +73,12 @@ class Call:
             self._built[method.name, key] = build()
         return self._built[method.name, key]
 
+    def finish(self) -> None:
+        """The prompt has run: let go of what only reading it needed. A cache keeps the call for as long as it lives."""
+        self.done = True
+        self.earlier = None
+        self._rows.clear()
+
     def restart(self) -> None:
         """Forget what was read: the whole sequence runs again (``use_cache=False``)."""
         self.done = False

@@ -341,11 +341,12 @@ class Engine:
         call, pending, self._pending = self.call, self._pending, None
         if call is None or pending is None:
             return None
-        call.done = pending["done"]
         cache = getattr(output, "past_key_values", None)
-        if call.done:  # a compiled decode step must find what it needs, not build it inside its graph
+        if pending["done"]:
+            call.finish()
+            # A compiled decode step must find what it needs, not build it inside its graph.
             for layer in range(len(self.text_model.layers)):  # type: ignore[arg-type]
-                for edit in (m.edit(call, layer) for m in self.active):
+                for edit in (m.edit(call, layer) for m in call.methods):
                     if edit is not None and cache is not None:
                         edit.over(sum(host.key_window(cache, 1, layer)))
         call.cached_prompt = cache is not None and not pending.get("drop_cache")

@@ -33,6 +33,7 @@ from tests.helpers import (
     stock,
 )
 from vlm_attn.attention import edited_attention
+from vlm_attn.engine import CACHE_NOTE
 from vlm_attn.patching import engine_of
 
 SEED = 1  # chosen so that no choice is near its edge and no image token is generated
@@ -442,6 +443,24 @@ class TestSecondTurn:
             same(generate(family.model, {**rest, "past_key_values": cache}), scratch)
         margin.check()
         differ(scratch[1][0], reused[1][0])
+
+    @pytest.mark.parametrize("method", ACTIVE)
+    def test_a_cache_keeps_little(self, family: Family, method: str) -> None:
+        """Neither attention rows nor the calls of earlier turns."""
+        with on(
+            family.model,
+            method,
+            **({"query_span": lambda ids, mask: [(ids.shape[1] - 5, ids.shape[1] - 1)]} if method == "gift" else {}),
+        ):
+            _, rest, cache, _ = self.turns(family, family.one())
+            first = getattr(cache, CACHE_NOTE)
+            stock(lambda: generate(family.model, {**rest, "past_key_values": cache}))
+        second = getattr(cache, CACHE_NOTE)
+        assert second is not first
+        for call in (first, second):
+            assert call.done
+            assert call.earlier is None
+            assert not call._rows
 
     def test_var_after_its_own_turn(self, family: Family) -> None:
         """Sinks are looked for in prompts, so the turns agree where no generated token is one: such a prompt is looked for."""
