@@ -32,7 +32,7 @@ from tests.helpers import (
     same,
     stock,
 )
-from vlm_attn.attention import edited_attention
+from vlm_attn.attention import edited_attention, vlm_attention
 from vlm_attn.engine import CACHE_NOTE
 from vlm_attn.patching import engine_of
 
@@ -610,3 +610,23 @@ class TestLong:
             monkeypatch.setattr("vlm_attn.attention.ROWS_AT_ONCE", rows)
             kept = x["attention_mask"].bool()
             close(logits(family.model, x)[kept], wanted[kept])
+
+
+def test_no_mask_means_causal_for_edited_rows() -> None:
+    """Several edited rows at once and no mask from the host: every row sees what stands before it, and no more."""
+    family = family_of("llava")
+    x = family.one()
+    length = x["input_ids"].shape[1]
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, length + 2, 8), torch.randn(1, 2, length + 2, 8)
+    module = family.model.model.language_model.layers[0].self_attn
+    with on(family.model, "gift"), engine_of(family.model).running(x) as call, torch.no_grad():
+        family.model(**x)
+        call.mode, call.past, call.length = "edited", length - 1, 3
+        mask = torch.ones(1, 1, 3, length + 2, dtype=torch.bool).tril(length - 1)
+        bare, _ = vlm_attention(module, query, key, value, None)
+        masked, _ = vlm_attention(module, query, key, value, mask)
+        assert torch.equal(bare, masked)
+        everything, _ = vlm_attention(module, query, key, value, torch.ones_like(mask))
+        differ(everything[:, 0], masked[:, 0])
+        close(everything[:, 2], masked[:, 2])
