@@ -543,6 +543,21 @@ class TestSlidingWindow:
         margin.check()
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_map_of_a_sliding_layer_in_chunks(layer: int) -> None:
+    """The rows that are read stand in later chunks, whose keys no longer begin at column 0."""
+    family = Family("gemma3", *tiny.gemma3(12))
+    x = family.inputs([[2, "image", 12]], seed=SEED)
+    plain = generate(family.model, x)
+    sizes = [size for size in (4, 9, 11, 13) if equal(generate(family.model, x, prefill_chunk_size=size), plain)]
+    assert sizes
+    with on(family.model, "gift", saliency_layers=layer, query_span=(9, 18)), margins() as margin:
+        whole = generate(family.model, x)
+        for size in sizes:
+            same(generate(family.model, x, prefill_chunk_size=size), whole)
+    margin.check()
+
+
 class TestCompiled:
     """The decode step as one graph, compiled once, as ``generate`` does it on a GPU with a static cache."""
 
