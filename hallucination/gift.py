@@ -124,29 +124,16 @@ class Gift(Method):
         """The same edit at every enhanced layer."""
         return call.memory(self)["edit"] if layer in (self.enhance_layers or ()) else None
 
-    def reweigh(self, log_mass: Tensor) -> Tensor:
-        """Steps 6-8 in log space: ``[B, H, Q, 4]`` log masses to log weights.
+    def reweigh(self, mass: Tensor) -> Tensor:
+        """Steps 6-8: ``[B, H, Q, 4]`` masses to weights.
 
         ``Hv`` and ``Hq`` are the heads with the most visual and question mass, chosen per row; r is one ratio per row
         and layer.
         """
-        visual, query, boosted = (log_mass[..., i] for i in (VISUAL, QUERY, BOOSTED))
-        looks, asks = top_heads(visual, self.heads), top_heads(query, self.heads)
-        hidden = torch.full_like(visual, -math.inf)
-        log_r = torch.logsumexp(torch.where(looks, boosted, hidden), 1, keepdim=True) - torch.logsumexp(
-            torch.where(looks, visual, hidden), 1, keepdim=True
-        )
-        log_r = log_r.nan_to_num(0.0, 0.0, 0.0) + math.log(self.beta)  # no visual mass at all: r = 1
-        zero = torch.zeros_like(visual)
-        return torch.stack(
-            [
-                zero,
-                torch.where(looks, hidden, zero),
-                torch.where(asks, log_r, zero),
-                torch.where(looks, zero, hidden),
-            ],
-            -1,
-        )
+        looks, asks = top_heads(mass[..., VISUAL:BOOSTED], self.heads).unbind(-1)
+        _, before, _, after = (mass * looks[..., None]).sum(1, keepdim=True).unbind(-1)
+        r = (after / before).nan_to_num(1.0)  # no visual mass at all: r = 1
+        return torch.stack([torch.ones_like(looks), ~looks, torch.where(asks, self.beta * r, 1.0), looks], -1)
 
 
 def top_heads(score: Tensor, share: float) -> Tensor:

@@ -17,6 +17,7 @@ from vlm_attn.kernels import Edit, one_hot_segments
 from vlm_attn.method import Method, ModelFacts, check_layers, check_range, layer_tuple
 
 OTHER, VISUAL, TEXT_SINK, VISUAL_SINK = range(4)  # segments; VISUAL without its sinks
+TINY = 1e-20  # a head must look at more than sinks for their share to have somewhere to go
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,25 +104,18 @@ class Var(Method):
         if layer not in self.layers or sink is None:
             return None
         visual = call.layout.visual
+        ids = VISUAL * (visual & ~sink) + TEXT_SINK * (~visual & sink) + VISUAL_SINK * (visual & sink)
+        return Edit(one_hot_segments(ids, 4), self.reweigh, conserves=True)
 
-        def build() -> Edit:
-            ids = VISUAL * (visual & ~sink) + TEXT_SINK * (~visual & sink) + VISUAL_SINK * (visual & sink)
-            return Edit(one_hot_segments(ids, 4), self.reweigh)
-
-        return call.cached(self, layer, build)
-
-    def reweigh(self, log_mass: Tensor) -> Tensor:
-        """Steps 3-4: ``[B, H, Q, 4]`` log masses to log weights; the row keeps its total."""
-        _, visual, text_sink, visual_sink = log_mass.exp().unbind(-1)
+    def reweigh(self, mass: Tensor) -> Tensor:
+        """Steps 3-4: ``[B, H, Q, 4]`` masses to weights; the row keeps its total."""
+        _, visual, text_sink, visual_sink = mass.unbind(-1)
         seen = visual + visual_sink
-        image_centric = seen >= self.visual_floor
+        image_centric = seen >= max(self.visual_floor, TINY)
         if self.code_parity:
-            image_centric &= (visual_sink <= self.rho * seen) & (visual_sink.sum(1, keepdim=True) > 0)
+            image_centric &= (visual_sink <= self.rho * seen) & (visual_sink.sum(1, keepdim=True) > 0) & (visual > 0)
         else:
-            image_centric &= visual >= self.rho * seen
-        image_centric &= visual > 0
-        moved = self.moved * (text_sink + visual_sink)
-        zero = torch.zeros_like(seen)
-        keep = torch.where(image_centric, torch.log1p(torch.full_like(seen, -self.moved)), zero)
-        gain = torch.where(image_centric, torch.log1p(moved / visual.clamp_min(1e-30)), zero)
-        return torch.stack([zero, gain, keep, keep], -1)
+            image_centric &= visual >= max(self.rho, TINY) * seen
+        share = self.moved * image_centric
+        keep, gain = 1 - share, 1 + share * (text_sink + visual_sink) / visual.clamp_min(TINY)
+        return torch.stack([torch.ones_like(seen), gain, keep, keep], -1)

@@ -2,11 +2,11 @@
 
 With ``M[b, s, n]`` the membership of key ``s`` in segment ``n`` and ``p`` the plain attention of a row, an edit is
 
-    mass_n  = sum_s p_s M_sn                      (what the policy sees, as logarithms)
-    w       = exp(policy(log mass))               (one factor per head, row and segment)
+    mass_n  = sum_s p_s M_sn                      (what the policy sees)
+    w       = policy(mass)                        (one factor per head, row and segment)
     p'_s    = p_s (M w)_s / sum_s p_s (M w)_s
 
-which is ``softmax(logits + bias)`` with a bias that is constant on every segment. A column of M may hold
+which is ``softmax(logits + bias)`` with a bias, ``log w``, that is constant on every segment. A column of M may hold
 ``exp(weight)`` instead of 1 on the keys of a segment: the weighted twin, through which a saliency map enters.
 
 This is the PyTorch path, used on every device so far; ``reference.py`` states the same through log-sum-exps.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 Policy = Callable[[Tensor], Tensor]
+SMALLEST_TOTAL = 1e-25  # keeps a row without any visible key at zero
 
 
 class Edit:
@@ -27,12 +28,14 @@ class Edit:
 
     Args:
         segments: ``[B, P, N]`` float32, membership of the prompt's columns. Column 0 is "everything else".
-        policy: maps log masses ``[B, H, Q, N]`` (float32, ``-inf`` for an empty segment) to log weights of that shape.
+        policy: maps masses ``[B, H, Q, N]`` (float32) to weights >= 0 of that shape; 1 changes nothing, 0 removes a segment.
+        conserves: the policy keeps every row's total, so that nothing is left to renormalise.
     """
 
-    def __init__(self, segments: Tensor, policy: Policy) -> None:
+    def __init__(self, segments: Tensor, policy: Policy, *, conserves: bool = False) -> None:
         self.segments = segments
         self.policy = policy
+        self.conserves = conserves
 
     def over(self, length: int, offset: int | Tensor = 0) -> Tensor:
         """Membership ``[B, length, N]`` of the keys at columns ``offset .. offset + length - 1``.
@@ -53,7 +56,7 @@ class Edit:
             more = self.segments.new_zeros(size[0], max(missing, 64), size[2])
             more[..., 0] = 1.0
             self.segments = torch.cat([self.segments, more], dim=1)
-        return self.segments[:, offset : offset + length]
+        return self.segments.narrow(1, offset, length)
 
 
 def one_hot_segments(ids: Tensor, count: int, twin_of: int | None = None, log_weight: Tensor | None = None) -> Tensor:
@@ -93,9 +96,10 @@ def attention_rows(
     """
     batch, heads, rows, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    grouped = query.reshape(batch, kv_heads, (heads // kv_heads) * rows, dim)
-    logits = torch.matmul(grouped, key.transpose(2, 3)).float().mul_(scale)
-    logits = logits.view(batch, heads, rows, length)
+    grouped = query.reshape(batch * kv_heads, (heads // kv_heads) * rows, dim)
+    transposed = key.flatten(0, 1).transpose(1, 2)
+    logits = torch.baddbmm(query.new_empty(()), grouped, transposed, beta=0, alpha=scale)  # beta 0: input is not read
+    logits = logits.float().view(batch, heads, rows, length)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is None:
@@ -144,9 +148,12 @@ def edited_attention(
     probability = flat
     for edit in edits:
         segments = edit.over(length, offset)
-        log_mass = torch.matmul(flat, segments).log().view(batch, heads, rows, -1)
-        weight = edit.policy(log_mass).exp().view(batch, heads * rows, -1)
+        mass = torch.matmul(flat, segments)
+        weight = edit.policy(mass.view(batch, heads, rows, -1)).view(batch, heads * rows, -1)
+        if len(edits) == 1 and not edit.conserves:  # the row's new total, without another pass over the keys
+            weight = weight / (weight * mass).sum(dim=-1, keepdim=True).clamp_min(SMALLEST_TOTAL)
         probability = probability * torch.matmul(weight, segments.transpose(1, 2))
-    probability = probability / probability.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    grouped = probability.to(value.dtype).view(batch, kv_heads, (heads // kv_heads) * rows, length)
-    return torch.matmul(grouped, value).view(batch, heads, rows, dim)
+    if len(edits) > 1:
+        probability = probability / probability.sum(dim=-1, keepdim=True).clamp_min(SMALLEST_TOTAL)
+    grouped = probability.to(value.dtype).view(batch * kv_heads, (heads // kv_heads) * rows, length)
+    return torch.bmm(grouped, value.flatten(0, 1)).view(batch, heads, rows, dim)

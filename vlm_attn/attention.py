@@ -66,9 +66,9 @@ def vlm_attention(
         NotImplementedError: paged caches (continuous batching), learned sinks, position biases, dropout.
     """
     tag: Tag | None = getattr(module, TAG, None)
-    base = host.base_attention(module, tag.base if tag is not None else _base_of(module))
 
     def plain() -> tuple[Tensor, Tensor | None]:
+        base = host.base_attention(module, tag.base if tag is not None else _base_of(module))
         return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     call = tag.engine.call if tag is not None else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from vlm_attn.kernels import Edit
 from vlm_attn.layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Call:
         length: rows of this forward.
         first: columns that were in the cache when the call began.
         earlier: the call that filled those columns, if it is known.
+        edits: the edits of each layer from the end of the prompt on.
     """
 
     prompt: TokenLayout
@@ -48,9 +49,9 @@ class Call:
     first: int = 0
     earlier: Call | None = None
     batch: int = 0
+    edits: dict[int, list[Edit]] = field(default_factory=dict)
     _layouts: dict[int, TokenLayout] = field(default_factory=dict)
     _memory: dict[str, dict[Any, Any]] = field(default_factory=dict)
-    _built: dict[tuple[str, Any], Any] = field(default_factory=dict)
     _rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     _tokens: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
@@ -65,14 +66,6 @@ class Call:
         """Where a method keeps its results for the length of the call."""
         return self._memory.setdefault(method.name, {})
 
-    def cached(self, method: Method, key: Any, build: Callable[[], Any]) -> Any:
-        """A value that stays the same from the end of the prompt on; built anew while the prompt still runs."""
-        if not self.done:
-            return build()
-        if (method.name, key) not in self._built:
-            self._built[method.name, key] = build()
-        return self._built[method.name, key]
-
     def finish(self) -> None:
         """The prompt has run: let go of what only reading it needed. A cache keeps the call for as long as it lives."""
         self.done = True
@@ -82,7 +75,7 @@ class Call:
     def restart(self) -> None:
         """Forget what was read: the whole sequence runs again (``use_cache=False``)."""
         self.done = False
-        for read in (self._built, self._rows, self._tokens):
+        for read in (self.edits, self._rows, self._tokens):
             read.clear()
 
     # Readings. Buffers cover the whole prompt and are filled as its parts run.

@@ -90,9 +90,14 @@ class Engine:
         return [m for m in self.active if layer in m.read_layers]
 
     def edits(self, call: Call, layer: int) -> list[Edit]:
-        """Edits of a layer for the rows that run now, in the methods' order."""
-        now = [m for m in self.active if call.mode == "edited" or m.edited_rows == "text"]
-        return [edit for m in now if (edit := m.edit(call, layer)) is not None]
+        """Edits of a layer for the rows that run now, in the methods' order. They stay the same once the prompt has run."""
+        if layer in call.edits:
+            return call.edits[layer]
+        now = [m for m in call.methods if call.done or call.mode == "edited" or m.edited_rows == "text"]
+        edits = [edit for m in now if (edit := m.edit(call, layer)) is not None]
+        if call.done:
+            call.edits[layer] = edits
+        return edits
 
     # Calls
 
@@ -346,8 +351,8 @@ class Engine:
             call.finish()
             # A compiled decode step must find what it needs, not build it inside its graph.
             for layer in range(len(self.text_model.layers)):  # type: ignore[arg-type]
-                for edit in (m.edit(call, layer) for m in call.methods):
-                    if edit is not None and cache is not None:
+                for edit in self.edits(call, layer):
+                    if cache is not None:
                         edit.over(sum(host.key_window(cache, 1, layer)))
         call.cached_prompt = cache is not None and not pending.get("drop_cache")
         if cache is not None:

@@ -61,7 +61,9 @@ def test_matches_the_twin_in_double(problem: dict) -> None:
     if problem["kind"] == "additive":
         mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     weight = problem["weight"]
-    got = edited_attention(query, key, value, [Edit(segments, lambda _: weight)], mask=mask, scale=problem["scale"])
+    got = edited_attention(
+        query, key, value, [Edit(segments, lambda _: weight.exp())], mask=mask, scale=problem["scale"]
+    )
     double = [t.double() for t in (query, key, value)]
     lse, out = segmented_attention(*double, segments.double(), mask=visible, scale=problem["scale"])
     wanted = combine(lse, out, weight.double())
@@ -72,7 +74,7 @@ def test_matches_the_twin_in_double(problem: dict) -> None:
     # The masses the policy sees are those of the twin.
     seen: list[Tensor] = []
     edited_attention(
-        query, key, value, [Edit(segments, lambda m: seen.append(m) or torch.zeros_like(m))], mask=mask,
+        query, key, value, [Edit(segments, lambda m: seen.append(m) or torch.ones_like(m))], mask=mask,
         scale=problem["scale"],
     )  # fmt: skip
     total = torch.logsumexp(
@@ -82,7 +84,7 @@ def test_matches_the_twin_in_double(problem: dict) -> None:
         -1,
         keepdim=True,
     )
-    close(seen[0].exp(), (lse - total).exp().nan_to_num(0.0), 2e-5)
+    close(seen[0], (lse - total).exp().nan_to_num(0.0), 2e-5)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (14, 2), (28, 4)])
@@ -92,7 +94,7 @@ def test_weight_one_is_plain_attention(heads: tuple[int, int], rows: int, dtype:
     torch.manual_seed(0)
     query = torch.randn(2, heads[0], rows, 8).to(dtype)
     key, value = torch.randn(2, 2, heads[1], 11, 8).to(dtype)
-    edit = Edit(torch.ones(2, 11, 1), torch.zeros_like)
+    edit = Edit(torch.ones(2, 11, 1), torch.ones_like)
     got = edited_attention(query, key, value, [edit], scale=8**-0.5)
     assert got.dtype == dtype
     plain = [t.double() for t in (query, key, value)]
@@ -108,21 +110,21 @@ def test_log_n_is_n_copies(copies: int) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 14, 3, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     ids = torch.tensor([[0, 0, 1, 0, 0, 0]])
-    policy = lambda mass: torch.tensor([0.0, math.log(copies)]).expand_as(mass)  # noqa: E731
+    policy = lambda mass: torch.tensor([1.0, copies]).expand_as(mass)  # noqa: E731
     got = edited_attention(query, key, value, [Edit(one_hot_segments(ids, 2), policy)], scale=0.4)
     index = torch.tensor([0, 1, *[2] * copies, 3, 4, 5])
     wanted = scaled_dot_product_attention(query, key[:, :, index], value[:, :, index], scale=0.4, enable_gqa=True)
     close(got, wanted)
     # The same through a membership of n.
     members = torch.tensor([[[1.0], [1.0], [copies], [1.0], [1.0], [1.0]]])
-    close(edited_attention(query, key, value, [Edit(members, torch.zeros_like)], scale=0.4), wanted)
+    close(edited_attention(query, key, value, [Edit(members, torch.ones_like)], scale=0.4), wanted)
 
 
-def test_minus_infinity_removes_keys() -> None:
+def test_weight_zero_removes_keys() -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     ids = torch.tensor([[0, 1, 1, 0, 0, 1]])
-    policy = lambda mass: torch.tensor([0.0, -math.inf]).expand_as(mass)  # noqa: E731
+    policy = lambda mass: torch.tensor([1.0, 0.0]).expand_as(mass)  # noqa: E731
     got = edited_attention(query, key, value, [Edit(one_hot_segments(ids, 2), policy)], scale=0.4)
     kept = [0, 3, 4]
     close(got, scaled_dot_product_attention(query, key[:, :, kept], value[:, :, kept], scale=0.4, enable_gqa=True))
@@ -133,7 +135,7 @@ def test_multiply_and_renormalise_is_a_bias() -> None:
     query, key, value = torch.randn(2, 6, 3, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
     ids = torch.randint(3, (2, 9))
     weight = torch.randn(2, 6, 3, 3)
-    got = edited_attention(query, key, value, [Edit(one_hot_segments(ids, 3), lambda _: weight)], scale=0.5)
+    got = edited_attention(query, key, value, [Edit(one_hot_segments(ids, 3), lambda _: weight.exp())], scale=0.5)
     bias = weight.gather(3, ids[:, None, None].expand(-1, 6, 3, -1))
     wanted = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=0.5, enable_gqa=True)
     close(got, wanted)
@@ -148,7 +150,7 @@ def test_two_edits_multiply_and_both_see_the_plain_masses() -> None:
     def policy(weight: float):
         def weigh(mass: Tensor) -> Tensor:
             seen.append(mass)
-            return torch.tensor([0.0, weight]).expand_as(mass)
+            return torch.tensor([1.0, math.exp(weight)]).expand_as(mass)
 
         return weigh
 
@@ -157,7 +159,7 @@ def test_two_edits_multiply_and_both_see_the_plain_masses() -> None:
     bias = first * 1.0 + second * -2.0
     close(got, scaled_dot_product_attention(query, key, value, attn_mask=bias[:, None, None], scale=0.5))
     plain = attention_rows(query, key, scale=0.5)
-    close(seen[1].exp(), plain @ one_hot_segments(second, 2)[:, None])
+    close(seen[1], plain @ one_hot_segments(second, 2)[:, None])
 
 
 def test_softcap() -> None:
@@ -182,7 +184,7 @@ def test_hidden_rows_are_zeros(kind: str) -> None:
     rows = attention_rows(query, key, mask=mask, scale=0.5)
     assert not rows[:, :, 1].any()
     assert not rows[:, :, 0, 2:].any()
-    got = edited_attention(query, key, value, [Edit(torch.ones(1, 4, 1), torch.zeros_like)], mask=mask, scale=0.5)
+    got = edited_attention(query, key, value, [Edit(torch.ones(1, 4, 1), torch.ones_like)], mask=mask, scale=0.5)
     assert not got[:, :, 1].any()
     close(got[:, :, :1], scaled_dot_product_attention(query[:, :, :1], key[:, :, :2], value[:, :, :2], scale=0.5))
 
@@ -202,10 +204,10 @@ def test_head_ratio_is_checked() -> None:
 class TestColumns:
     """Where keys stand relative to the prompt."""
 
-    edit = Edit(one_hot_segments(torch.tensor([[1, 2, 1, 2]]), 3), torch.zeros_like)
+    edit = Edit(one_hot_segments(torch.tensor([[1, 2, 1, 2]]), 3), torch.ones_like)
 
     def ids(self, length: int, offset: int | Tensor) -> list[int]:
-        own = Edit(self.edit.segments.clone(), torch.zeros_like)
+        own = Edit(self.edit.segments.clone(), torch.ones_like)
         found = own.over(length, offset)
         assert found.sum(-1).eq(1).all()
         return found[0].argmax(-1).tolist()
@@ -226,7 +228,7 @@ class TestColumns:
         assert self.ids(length, torch.tensor(offset) if as_tensor else offset) == wanted
 
     def test_growing(self) -> None:
-        own = Edit(self.edit.segments.clone(), torch.zeros_like)
+        own = Edit(self.edit.segments.clone(), torch.ones_like)
         for length in range(4, 200):
             found = own.over(length)
             assert found.shape == (1, length, 3)
