@@ -82,12 +82,12 @@ def unknown(kind: str, value: str, known: Sequence[str]) -> ValueError:
 
 
 def parse_value(text: str) -> Any:
-    """A parameter's value: JSON if it is, else the text itself; lists become tuples."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return text
-    return tuple(value) if isinstance(value, list) else value
+    """A parameter's value: JSON if it is, else the text itself; ``[2,3]`` and ``2,3`` become tuples."""
+    for candidate in (text, f"[{text}]"):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(candidate)
+            return tuple(value) if isinstance(value, list) else value
+    return text
 
 
 def parse_specs(methods: Sequence[str], params: Sequence[str] = (), preset: str | None = None) -> list[MethodSpec]:
