@@ -16,6 +16,7 @@ if __name__ == "kernels":
         _spec.loader.exec_module(_module)
     # Where none is installed this stays an empty module without a version, which transformers takes for "not there".
 else:
+    from vlm_attn.kernels import masks
     from vlm_attn.kernels.edited import Edit, Policy, attention_rows, edited_attention, one_hot_segments
     from vlm_attn.kernels.groups import Group
     from vlm_attn.kernels.reference import combine, segmented_attention
@@ -27,6 +28,7 @@ else:
         "attention_rows",
         "combine",
         "edited_attention",
+        "masks",
         "one_hot_segments",
         "segmented_attention",
     ]

@@ -302,3 +302,17 @@ def test_debug_shows_where_an_error_comes_from() -> None:
 def test_unexpected_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_open_images", lambda names: 1 / 0)
     assert isinstance(call("caption", "x.jpg").exception, ZeroDivisionError)
+
+
+def test_mask_draws_and_saves(tmp_path: Path) -> None:
+    from PIL import Image
+
+    done = call("mask", "modality-mutual", "--layout", "v2 q1", "--save", tmp_path / "mask.png")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == ["  vvq", "v #.#", "v ###", "q ###"]
+    with Image.open(tmp_path / "mask.png") as picture:
+        side = picture.width // 3
+        cells = [[picture.getpixel((x * side, y * side)) for x in range(3)] for y in range(3)]
+    assert cells == [[0, 255, 0], [0, 0, 0], [0, 0, 0]]
+    assert "no mask 'mma'" in error_of("mask", "mma")
+    assert "layout part 'z1'" in error_of("mask", "causal", "--layout", "z1")

@@ -1,4 +1,4 @@
-"""The command line: ``vlm-attn methods | caption | eval | score | bench | doctor``.
+"""The command line: ``vlm-attn methods | caption | eval | score | mask | bench | doctor``.
 
 This module imports only typer when it is loaded, so that help is quick; torch, the evaluations and everything
 above this package are imported by name when a command runs.
@@ -499,6 +499,32 @@ def score_chair(
     console.print(_evals("report").results_table(results))
     if results["counts"]["skipped"]:
         console.print(f"{results['counts']['skipped']} captions of images that are not in the data were left out.")
+
+
+@app.command("mask")
+def draw_mask(
+    name: Annotated[str, typer.Argument(help="Its name; sliding:N is causal within the last N columns.")],
+    layout: Annotated[
+        str,
+        typer.Option(help="Parts of the prompt: s system, v visual, q question, r template tail, a answer, p padding."),
+    ] = "s4 v9 q5 a3",
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Also save a picture (PNG).")] = None,
+) -> None:
+    """Draw who may attend to whom: a line per row, # where it sees a key.
+
+    Example: [b]vlm-attn mask modality-mutual --layout "s4 v9 q5 a3"[/b]
+    """
+    from vlm_attn.kernels import masks
+
+    mask, (group, image) = masks.named(name), masks.parse_layout(layout)
+    typer.echo(masks.drawing(mask, group, image))
+    if save is not None:
+        from PIL import Image
+
+        visible = masks.materialise(mask, group, image=image)[0, 0]
+        side = max(1, 512 // len(visible))  # pixels of one cell
+        cells = (~visible).byte().mul(255).repeat_interleave(side, 0).repeat_interleave(side, 1)
+        Image.fromarray(cells.numpy()).save(save, format="PNG")
 
 
 bench_app = typer.Typer(help="Measure speed.")
