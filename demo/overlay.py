@@ -23,10 +23,10 @@ def overlay(image: Image.Image, saliency: object, *, strength: float = 0.65) -> 
     values = np.asarray(saliency, dtype=np.float32)
     if values.ndim != 2 or not 0 <= strength <= 1:
         raise ValueError(f"need an [h, w] map and a strength in [0, 1], got shape {values.shape} and {strength!r}")
-    small = Image.fromarray(np.uint8(255 * values.clip(0, 1)), mode="L")
+    small = Image.fromarray((255 * values.clip(0, 1)).astype(np.uint8))
     weight = np.asarray(small.resize(image.size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None] / 255
     picture = np.asarray(image.convert("RGB"), dtype=np.float32)
     glow = np.array([255.0, 60.0, 30.0], dtype=np.float32)
     shown = picture * (1 - strength * (1 - weight))
     shown = shown * (1 - 0.35 * weight**2) + glow * 0.35 * weight**2
-    return Image.fromarray(np.uint8(shown.clip(0, 255)))
+    return Image.fromarray(shown.clip(0, 255).astype(np.uint8))
