@@ -54,21 +54,24 @@ _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _ROLES = ("user:", "assistant:")
 
 
-def vocabulary() -> list[str]:
-    """Return all tokens in the order of their ids: special, roles, punctuation, categories, other words."""
+def vocabulary(mask_token: bool = False) -> list[str]:
+    """Return all tokens in the order of their ids: special, roles, punctuation, categories, other words.
+
+    With `mask_token` there is `<mask>` behind them all; the other ids stay the same.
+    """
     sentences = [*CAPTION_PROMPTS, *QUESTIONS, *SUFFIXES, *CAPTIONS, *CONTEXTS, SYSTEM, BACKGROUND]
     sentences.append("a an the and yes no not it picture photo scene there is are any can you tell me what")
     words = sorted(set(re.findall(r"[a-z]+", re.sub(r"{\w+}", "", " ".join(sentences).lower()))))
     tokens = [*_SPECIAL, *_ROLES, ".", ",", "?", ":", "!", "'", '"', *CATEGORIES, *words]
-    return list(dict.fromkeys(tokens))
+    return list(dict.fromkeys(tokens)) + ["<mask>"] * mask_token
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer: BOS in front, left padding."""
+def build_tokenizer(mask_token: bool = False) -> PreTrainedTokenizerFast:
+    """Return the tokenizer: BOS in front, left padding; with `<mask>` for masked-diffusion models."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokens = vocabulary()
+    tokens = vocabulary(mask_token)
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " ")]  # type: ignore[list-item]
@@ -89,14 +92,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
+        **({"mask_token": "<mask>"} if mask_token else {}),
         padding_side="left",
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
     )
 
 
-def build_processor(image_size: int = 112, patch_size: int = 14) -> LlavaProcessor:
-    """Return the processor: pictures become squares of `image_size`, `<image>` one token per patch."""
+def build_processor(image_size: int = 112, patch_size: int = 14, mask_token: bool = False) -> LlavaProcessor:
+    """Return the processor: pictures become squares of `image_size`, `<image>` one token per patch.
+
+    `mask_token`: see `build_tokenizer`.
+    """
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -109,7 +116,7 @@ def build_processor(image_size: int = 112, patch_size: int = 14) -> LlavaProcess
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(mask_token),
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which "default" then drops

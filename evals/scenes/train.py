@@ -8,6 +8,11 @@ Three stages, each with a constant learning rate that falls to zero over the las
    the language model does not learn to answer yes/no questions in this budget.
 3. `language`: captions and questions, the tower frozen (or until `--unfreeze` of the steps are done).
 
+Variants of the language stage: `--mask` says who may attend to whom (causal; mma: image tokens also see the question
+behind them; prefix-lm: the whole prompt sees itself; vision-block: the image sees itself), `--objective
+masked-diffusion` trains to fill in masked answers instead of the next token, and `--start MODEL` begins from a
+finished model (`scenes` is the bundled one). Where image tokens see the question every turn is a row of its own.
+
 Batches are a function of seed, stage and step, so a resumed run goes on as if it had not stopped. To end a stage
 early, resume it with `--steps` of about 1.25 times the steps done: the rate then falls from there. Only scenes of
 the train split are learned from; the figures printed on the way are of validation scenes.
@@ -24,9 +29,9 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,11 +40,20 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from . import text, world
+from vlm_attn.kernels import Group, masks
+
+from . import model_path, text, world
 
 STAGES = ("tower", "align", "language")
 # Scene indices of the stages do not overlap.
 _FIRST_SCENE = {"tower": 0, "align": 40_000_000, "language": 80_000_000}
+MASKS = {
+    "causal": masks.causal,
+    "mma": masks.modality_mutual,
+    "prefix-lm": masks.prefix_lm,
+    "vision-block": masks.vision_block,
+}
+OBJECTIVES = ("ar", "masked-diffusion")
 
 
 @dataclass(frozen=True)
@@ -57,12 +71,32 @@ class Settings:
     questions: int = 8
     unfreeze: float = 1.0  # share of the language steps with a frozen tower
     seed: int = 0
+    mask: str = "causal"
+    objective: str = "ar"
+    one_turn: bool = False  # every turn a row of its own; always so where the mask lets the image see the question
+    canvas: int = 32  # masked-diffusion: longest answer, filled up with end tokens
+
+    def __post_init__(self):
+        for name, known in (("mask", MASKS), ("objective", OBJECTIVES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: there are {', '.join(known)}")
+        if self.mask in ("mma", "prefix-lm"):  # keys and values of the image then hold one question
+            object.__setattr__(self, "one_turn", True)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Number of image tokens."""
+        return (self.image_size // 14) ** 2
 
 
 def build_model(settings: Settings) -> LlavaForConditionalGeneration:
     """Return the untrained model: a CLIP-type tower and a Llama-type language model of the same width."""
-    tokens = text.vocabulary()
+    diffusion = settings.objective == "masked-diffusion"
+    tokens = text.vocabulary(mask_token=diffusion)
     width = settings.width
+    # So that a finished folder says how it has to be run.
+    trained = {"trained_mask": settings.mask} if settings.mask != "causal" else {}
+    trained |= {"trained_objective": settings.objective} if diffusion else {}
     vision = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=3 * width,
@@ -91,10 +125,11 @@ def build_model(settings: Settings) -> LlavaForConditionalGeneration:
             vision_config=vision,
             text_config=language,
             image_token_index=tokens.index("<image>"),
-            image_seq_length=(settings.image_size // 14) ** 2,
+            image_seq_length=settings.visual_tokens,
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",
             tie_word_embeddings=False,
+            **trained,
         )
     )
     # Features are matched against embeddings, so these must not start near zero.
@@ -125,11 +160,27 @@ def patch_labels(scene: world.Scene, grid: int) -> np.ndarray:
     return np.where(share.max(0) >= 0.1, index[share.argmax(0)], 0)
 
 
-class Coder:
-    """Turns conversations into padded token batches."""
+@dataclass
+class Row:
+    """A conversation about one picture as token columns; all lists have one entry per column."""
 
-    def __init__(self, visual_tokens: int):
-        self.tokenizer = text.build_tokenizer()
+    ids: list[int]
+    labels: list[int]  # the id where the model is to learn it, else -100
+    positions: list[int]
+    segments: list[int]  # a column sees its own segment and segment 0
+    groups: list[int]  # of `vlm_attn.kernels.Group`
+
+
+class Coder:
+    """Turns conversations into padded token batches.
+
+    Args:
+        visual_tokens: image tokens of a picture.
+        mask_token: whether the vocabulary has a mask token, which masked-diffusion training needs.
+    """
+
+    def __init__(self, visual_tokens: int, mask_token: bool = False):
+        self.tokenizer = text.build_tokenizer(mask_token)
         self.visual_tokens = visual_tokens
         self._known: dict[str, list[int]] = {}
 
@@ -142,42 +193,99 @@ class Coder:
         return self._known[piece]
 
     def row(
-        self, turns: list[tuple[str, str]], *, apart: bool = True, system: str = ""
-    ) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Return ids, labels, positions and segments of one conversation about one picture.
+        self,
+        turns: Sequence[tuple[str, str | None]],
+        *,
+        apart: bool = True,
+        system: str = "",
+        lengths: Sequence[int] | None = None,
+    ) -> Row:
+        """Return one conversation.
 
         With `apart` every turn sees the picture and itself alone, at the positions of a first turn: many
         questions for the price of one picture, and no answer read off another. Otherwise it is one long
-        conversation. Segment 0 is what all turns see.
+        conversation. Segment 0 is what all turns see; a single turn is segment 0 altogether.
+
+        Args:
+            turns: (prompt, answer); an answer of None is left open, as for generating.
+            apart: see above.
+            system: text in front of the picture.
+            lengths: of the answers, which are filled up with end tokens.
         """
         ids = self.ids(f"<s>{system} USER:") + [self.tokenizer.image_token_id] * self.visual_tokens
         start = len(ids)
-        labels, positions, segments = [-100] * start, list(range(start)), [0] * start
+        first_turn = [int(Group.SYSTEM)] * (start - self.visual_tokens) + [int(Group.VISUAL)] * self.visual_tokens
+        out = Row(ids, [-100] * start, list(range(start)), [0] * start, first_turn)
         for i, (prompt, answer) in enumerate(turns):
-            lead = "USER: " if i and not apart else ""
-            asked, said = self.ids(f"{lead}{prompt} ASSISTANT:"), self.ids(f"{answer}</s>")
-            first = start if apart else len(ids)
-            ids = ids + asked + said
-            labels += [-100] * len(asked) + said
-            positions += range(first, first + len(asked) + len(said))
-            segments += [i + 1 if apart else 1] * (len(asked) + len(said))
-        return ids, labels, positions, segments
+            lead = self.ids("USER:") if i and not apart else []
+            asked, role = self.ids(prompt), self.ids("ASSISTANT:")
+            said = [] if answer is None else self.ids(f"{answer}</s>")
+            if lengths is not None:
+                said = said + [self.tokenizer.eos_token_id] * (lengths[i] - len(said))
+            # The question of a later turn stands behind an answer: to the picture it is text like any other.
+            question = Group.SYSTEM if i and not apart else Group.QUERY
+            size = len(lead) + len(asked) + len(role)
+            first = start if apart else len(out.ids)
+            out.ids += lead + asked + role + said
+            out.labels += [-100] * size + said
+            out.positions += range(first, first + size + len(said))
+            out.segments += [0 if len(turns) == 1 else i + 1 if apart else 1] * (size + len(said))
+            out.groups += [int(Group.SYSTEM)] * len(lead) + [int(question)] * len(asked)
+            out.groups += [int(Group.ROLE)] * len(role) + [int(Group.GENERATED)] * len(said)
+        return out
 
-    def batch(self, rows: list[tuple]) -> dict[str, torch.Tensor]:
-        """Stack rows, padded on the right: four int64 tensors `[rows, length]`."""
-        length = max(len(r[0]) for r in rows)
+    def batch(self, rows: Sequence[Row], left: bool = False) -> dict[str, torch.Tensor]:
+        """Stack rows, padded on the right or on the left: five int64 tensors `[rows, length]`."""
+        length = max(len(r.ids) for r in rows)
+        fills = {"ids": 0, "labels": -100, "positions": 0, "segments": -1, "groups": int(Group.PAD)}
         out = {}
-        for k, (name, fill) in enumerate((("input_ids", 0), ("labels", -100), ("position_ids", 0), ("segments", -1))):
-            out[name] = torch.tensor([r[k] + [fill] * (length - len(r[k])) for r in rows])
+        for name, fill in fills.items():
+            pads = [[fill] * (length - len(r.ids)) for r in rows]
+            lists = [getattr(r, name) for r in rows]
+            out[name] = torch.tensor([p + x if left else x + p for p, x in zip(pads, lists, strict=True)])
         return out
 
 
-def attention_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Return the bool mask `[B, 1, L, L]` of segments `[B, L]`: causal, own segment and segment 0 only."""
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+def attention_mask(
+    segments: torch.Tensor, groups: torch.Tensor, mask: str = "causal", objective: str = "ar"
+) -> torch.Tensor:
+    """Return who sees whom as bool `[B, 1, L, L]`.
+
+    Args:
+        segments: `[B, L]`, see `Row`.
+        groups: `[B, L]`, see `Row`.
+        mask: a key of `MASKS`.
+        objective: with "masked-diffusion" the rows of an answer also see the rest of it.
+    """
+    rule = MASKS[mask]
+    if objective == "masked-diffusion":
+        rule = rule | masks.pairs([Group.GENERATED], [Group.GENERATED])
     same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
-    return (same & causal)[:, None]
+    seen = masks.materialise(rule, groups) & same[:, None]
+    # Padding on the left would see nothing at all, and give NaN: it sees itself.
+    return seen | torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+
+
+def hide(row: Row, mask_token: int, draw: world.Draw) -> tuple[list[int], list[float]]:
+    """Mask answers for masked-diffusion training: LLaDA's forward process (arXiv 2502.09992), turn by turn.
+
+    Every turn draws a ratio t from U(0, 1) and masks each token of its answer with this probability. A masked token
+    counts 1 / t, over the length of the answer: in the mean over draws every answer counts 1 per token.
+
+    Returns:
+        ids with masks, and the weights of all columns (0 where nothing is masked).
+    """
+    ids, weights = list(row.ids), [0.0] * len(row.ids)
+    answers: dict[int, list[int]] = {}
+    for column, label in enumerate(row.labels):
+        if label != -100:
+            answers.setdefault(row.segments[column], []).append(column)
+    for columns in answers.values():
+        ratio = draw.uniform(1e-3, 1.0)
+        for column in columns:
+            if draw.chance(ratio):
+                ids[column], weights[column] = mask_token, 1.0 / (ratio * len(columns))
+    return ids, weights
 
 
 class Batches(torch.utils.data.Dataset):
@@ -193,22 +301,44 @@ class Batches(torch.utils.data.Dataset):
         return self.settings.steps[STAGES.index(self.stage)]
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        first = _FIRST_SCENE[self.stage] + self.settings.seed * 1_000_000_000 + step * self.size
+        settings = self.settings
+        first = _FIRST_SCENE[self.stage] + settings.seed * 1_000_000_000 + step * self.size
         scenes = [world.scene("train", first + i) for i in range(self.part, self.size, self.parts)]
         out: dict[str, torch.Tensor] = {}
-        out["pixels"] = torch.from_numpy(np.stack([pixels(s, self.settings.image_size) for s in scenes]))
+        out["pixels"] = torch.from_numpy(np.stack([pixels(s, settings.image_size) for s in scenes]))
         if self.stage != "language":
             out["patches"] = torch.from_numpy(np.stack([patch_labels(s, self.grid) for s in scenes]))
             return out
-        self.coder = self.coder or Coder(self.grid**2)
-        rows = []
-        for s in scenes:
+        diffusion = settings.objective == "masked-diffusion"
+        self.coder = self.coder or Coder(settings.visual_tokens, diffusion)
+        rows: list[Row] = []
+        pictures: list[int] = []
+        hidden: list[tuple[list[int], list[float]]] = []
+        for i, s in enumerate(scenes):
             draw = world.Draw("conversation", s.split, s.index)
             system = text.SYSTEM if draw.chance(0.1) else ""
             # A quarter are real conversations, so that later turns work too.
-            turns = text.training_turns(s, self.settings.questions)
-            rows.append(self.coder.row(turns, apart=draw.chance(0.75), system=system))
-        return out | self.coder.batch(rows)
+            apart = draw.chance(0.75) or diffusion
+            turns = text.training_turns(s, settings.questions)
+            for part in [[turn] for turn in turns] if settings.one_turn else [turns]:
+                lengths = [self._length(answer, draw) for _, answer in part] if diffusion else None
+                rows.append(self.coder.row(part, apart=apart, system=system, lengths=lengths))
+                pictures.append(i)
+                if diffusion:
+                    hidden.append(hide(rows[-1], self.coder.tokenizer.mask_token_id, draw))
+        batch = self.coder.batch(rows)
+        if diffusion:
+            length = batch["ids"].shape[1]
+            batch["ids"] = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in hidden])
+            batch["weights"] = torch.tensor([w + [0.0] * (length - len(w)) for _, w in hidden])
+        return out | batch | {"pictures": torch.tensor(pictures)}
+
+    def _length(self, answer: str, draw: world.Draw) -> int:
+        """A power of two that holds the answer and is at most the canvas: so that any canvas can be asked for."""
+        assert self.coder is not None
+        size = len(self.coder.ids(f"{answer}</s>"))
+        lengths = [2**k for k in range(12) if size <= 2**k <= self.settings.canvas]
+        return draw.choice(lengths) if lengths else size
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -223,8 +353,7 @@ def patch_loss(
     model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], classes: torch.Tensor, pull: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Cross-entropy of patches against the word embeddings of `classes`, plus `pull` x squared distance."""
-    hidden = model.model.vision_tower(pixel_values=normalise(batch["pixels"])).last_hidden_state[:, 1:]
-    features = model.model.multi_modal_projector(hidden).float().flatten(0, 1)
+    features = image_features(model, batch["pixels"]).float().flatten(0, 1)
     words = model.model.language_model.embed_tokens.weight[classes].float()
     logits, wanted = features @ words.T / 3, batch["patches"].flatten()
     loss = F.cross_entropy(logits, wanted)
@@ -234,19 +363,46 @@ def patch_loss(
     return loss, {"patches_right": found.float().mean().item()}
 
 
+def image_features(model: LlavaForConditionalGeneration, images: torch.Tensor) -> torch.Tensor:
+    """Return what the language model gets of uint8 pictures `[B, H, W, 3]`: `[B, tokens, width]`."""
+    hidden = model.model.vision_tower(pixel_values=normalise(images)).last_hidden_state[:, 1:]
+    return model.model.multi_modal_projector(hidden)
+
+
+def embeddings(
+    model: LlavaForConditionalGeneration, ids: torch.Tensor, features: torch.Tensor, pictures: torch.Tensor
+) -> torch.Tensor:
+    """Return the input of the language model `[B, L, width]`; `pictures` `[B]` says which features a row gets."""
+    out = model.model.language_model.embed_tokens(ids)
+    out[ids == model.config.image_token_id] = features[pictures].flatten(0, 1).to(out.dtype)
+    return out
+
+
 def language_loss(
-    model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], yes_no: torch.Tensor
+    model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], yes_no: torch.Tensor, settings: Settings
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Next-token loss of the answers; reports the share of right yes/no answers."""
-    output = model(
-        input_ids=batch["input_ids"],
-        pixel_values=normalise(batch["pixels"]),
-        attention_mask=attention_mask(batch["segments"]),
-        position_ids=batch["position_ids"],
+    """Loss of the answers; reports the share of right yes/no answers.
+
+    "ar": mean cross-entropy of the next token. "masked-diffusion": cross-entropy of the masked tokens at their own
+    place, weighted as `hide` says, mean over the answers.
+    """
+    hidden = model.model.language_model(
+        inputs_embeds=embeddings(model, batch["ids"], image_features(model, batch["pixels"]), batch["pictures"]),
+        attention_mask=attention_mask(batch["segments"], batch["groups"], settings.mask, settings.objective),
+        position_ids=batch["positions"],
         use_cache=False,
-    )
-    logits, wanted = output.logits[:, :-1].float(), batch["labels"][:, 1:]
-    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100)
+    ).last_hidden_state
+    if settings.objective == "ar":
+        wanted, hidden = batch["labels"][:, 1:], hidden[:, :-1]
+        learned = wanted != -100
+        logits, wanted = model.lm_head(hidden[learned]).float(), wanted[learned]
+        loss = F.cross_entropy(logits, wanted)
+    else:
+        learned = batch["weights"] > 0
+        logits, wanted = model.lm_head(hidden[learned]).float(), batch["labels"][learned]
+        # The first answer token of every turn is one that follows a column without a label.
+        answers = ((batch["labels"] != -100) & (batch["labels"].roll(1, 1) == -100)).sum()
+        loss = (F.cross_entropy(logits, wanted, reduction="none") * batch["weights"][learned]).sum() / answers
     asked = torch.isin(wanted, yes_no)
     right = (logits[asked].argmax(-1) == wanted[asked]).float().mean().item()
     return loss, {"yes_no_right": right}
@@ -284,6 +440,64 @@ def rate_factor(step: int, steps: int, warmup: int = 100) -> float:
 
 
 @torch.no_grad()
+def greedy(
+    model: LlavaForConditionalGeneration,
+    coder: Coder,
+    images: torch.Tensor,
+    asked: Sequence[tuple[int, str]],
+    *,
+    mask: str = "causal",
+    max_new_tokens: int = 48,
+) -> list[list[int]]:
+    """Greedy answers under any of `MASKS`: the prompt runs with the mask, what is generated sees all before it.
+
+    transformers' own `generate` cannot be given a mask of the prompt; for "causal" this says the same.
+
+    Args:
+        model: the model.
+        coder: of its tokens.
+        images: uint8 `[n, H, W, 3]`.
+        asked: (index of the picture, prompt).
+        mask: the mask the model was trained with.
+        max_new_tokens: length limit.
+
+    Returns:
+        Per prompt the generated ids up to the end token, which is left out.
+    """
+    device = next(model.parameters()).device
+    batch = coder.batch([coder.row([(prompt, None)]) for _, prompt in asked], left=True)
+    batch = {k: v.to(device) for k, v in batch.items()}
+    pictures = torch.tensor([i for i, _ in asked], device=device)
+    seen = (batch["groups"] != Group.PAD).long()
+    positions, end = batch["positions"], coder.tokenizer.eos_token_id
+    out = model.model.language_model(
+        inputs_embeds=embeddings(model, batch["ids"], image_features(model, images.to(device)), pictures),
+        attention_mask=attention_mask(batch["segments"], batch["groups"], mask),
+        position_ids=positions,
+        use_cache=True,
+    )
+    tokens: list[torch.Tensor] = []
+    going = torch.ones(len(asked), dtype=torch.bool, device=device)
+    while True:
+        token = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+        tokens.append(token.where(going, end))
+        going = going & (token != end)
+        if len(tokens) == max_new_tokens or not going.any():
+            break
+        seen = F.pad(seen, (0, 1), value=1)
+        positions = positions[:, -1:] + 1
+        out = model.model.language_model(
+            input_ids=token[:, None],
+            attention_mask=seen,
+            position_ids=positions,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+    said = torch.stack(tokens, 1).tolist()
+    return [row[: row.index(end)] if end in row else row for row in said]
+
+
+@torch.no_grad()
 def quick_check(model: LlavaForConditionalGeneration, settings: Settings, scenes: int = 100) -> dict[str, float]:
     """Look at the first validation scenes: POPE-like accuracy, caption recall, and where captions go wrong.
 
@@ -291,9 +505,8 @@ def quick_check(model: LlavaForConditionalGeneration, settings: Settings, scenes
     objects that captions name, by kind of evidence; `companions` the share of false objects that are usual
     companions of the scene.
     """
-    coder = Coder((settings.image_size // 14) ** 2)
+    coder = Coder(settings.visual_tokens)
     model.eval()
-    device = next(model.parameters()).device
     todo = [world.scene("validation", i) for i in range(scenes)]
     yes, no = (coder.ids(w)[0] for w in ("yes", "no"))
     right: dict[str, list[bool]] = {"random": [], "companions": []}
@@ -302,43 +515,26 @@ def quick_check(model: LlavaForConditionalGeneration, settings: Settings, scenes
     false: list[bool] = []  # for every false object: is it a companion?
     for start in range(0, scenes, 50):
         part = todo[start : start + 50]
-        rows, kinds = [], []
-        for s in part:
+        asked: list[tuple[int, str]] = []
+        kinds = []
+        for i, s in enumerate(part):
             draw = world.Draw("check", s.split, s.index)
             present = s.categories
             absent = [c for c in world.CATEGORIES if c not in present]
             near = [c for c in world.CONTEXTS[s.context] if c not in present] or absent
             for _ in range(3):
                 kinds += [("both", yes), ("random", no), ("companions", no)]
-                asked = (draw.choice(present), draw.choice(absent), draw.choice(near))
-                rows.append(coder.row([(text.question(c), "no") for c in asked]))
-        # Three rows per picture: the picture is repeated, which keeps rows short.
-        images = torch.from_numpy(np.stack([pixels(s, settings.image_size) for s in part])).to(device)
-        batch = {k: v.to(device) for k, v in coder.batch(rows).items()}
-        repeated = normalise(images).repeat_interleave(3, 0)
-        logits = model(
-            input_ids=batch["input_ids"],
-            pixel_values=repeated,
-            attention_mask=attention_mask(batch["segments"]),
-            position_ids=batch["position_ids"],
-        ).logits[:, :-1]
-        at = batch["labels"][:, 1:] == no
-        answers = (logits[at][:, yes] > logits[at][:, no]).tolist()
+                asked += [(i, text.question(draw.choice(from_these))) for from_these in (present, absent, near)]
+        images = torch.from_numpy(np.stack([pixels(s, settings.image_size) for s in part]))
+        answers = greedy(model, coder, images, asked, mask=settings.mask, max_new_tokens=1)
         for (kind, wanted), answer in zip(kinds, answers, strict=True):
             for k in right if kind == "both" else (kind,):
-                right[k].append(answer == (wanted == yes))
-            said_yes += [answer] * (2 if kind == "both" else 1)
-        prompt = coder.row([(text.CAPTION_PROMPTS[0], "")])[0][:-1]
-        ids = torch.tensor([prompt] * len(part), device=device)
-        out = model.generate(  # type: ignore[misc]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=normalise(images),
-            max_new_tokens=48,
-            do_sample=False,
-            pad_token_id=0,
+                right[k].append(answer == [wanted])
+            said_yes += [answer == [yes]] * (2 if kind == "both" else 1)
+        captions = greedy(
+            model, coder, images, [(i, text.CAPTION_PROMPTS[0]) for i in range(len(part))], mask=settings.mask
         )
-        for s, tokens in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
+        for s, tokens in zip(part, captions, strict=True):
             words = {coder.tokenizer.decode([t]) for t in tokens} & set(world.CATEGORIES)
             objects += len(s.categories)
             named += len(words)
@@ -431,7 +627,7 @@ def run_stage(
                     group["lr"] = rate * rate_factor(step, steps)
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 if stage == "language":
-                    loss, figures = language_loss(model, batch, yes_no)
+                    loss, figures = language_loss(model, batch, yes_no, settings)
                 else:
                     loss, figures = patch_loss(model, batch, class_ids, 0.01 if stage == "align" else 0.0)
             loss.backward()
@@ -445,7 +641,8 @@ def run_stage(
             if step % log_every == 0 and part == 0:
                 figures |= {"loss": loss.item(), "seconds": time.monotonic() - seconds}
                 bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k != "seconds"}, refresh=False)
-                if check_every and stage == "language" and step % check_every == 0:
+                looks = check_every and stage == "language" and settings.objective == "ar"
+                if looks and step % check_every == 0:
                     figures |= quick_check(model, settings)
                 with open(folder / "log.jsonl", "a") as log:
                     log.write(json.dumps({"stage": stage, "step": step} | figures) + "\n")
@@ -472,7 +669,31 @@ def export(model: LlavaForConditionalGeneration, settings: Settings, path: Path)
         part["dtype"] = "float32"
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (path / "model.safetensors").chmod(0o644)
-    text.build_processor(settings.image_size).save_pretrained(path)
+    text.build_processor(settings.image_size, mask_token=settings.objective == "masked-diffusion").save_pretrained(path)
+
+
+def load_weights(model: LlavaForConditionalGeneration, path: Path) -> None:
+    """Put the weights of a finished model into `model`; rows of a larger vocabulary stay as they are.
+
+    Raises `FileNotFoundError` when there is no model, `ValueError` when its shapes are others.
+    """
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path}: no finished model there (no config.json)")
+    given = LlavaForConditionalGeneration.from_pretrained(path).state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            old = given.get(name)
+            if old is None or old.shape[1:] != tensor.shape[1:] or len(old) > len(tensor):
+                raise ValueError(f"{path}: {name} does not fit {list(tensor.shape)}")
+            tensor[: len(old)] = old.to(tensor)
+
+
+def check_settings(settings: Settings, earlier: dict[str, Any]) -> None:
+    """Raise `ValueError` when a checkpoint's settings differ in more than steps and rates."""
+    for name, value in asdict(settings).items():
+        before = earlier.get(name, getattr(Settings, name))  # checkpoints of before a setting existed
+        if name not in ("steps", "rate", "unfreeze") and before != value:
+            raise ValueError(f"{name}={value!r}, but the checkpoint to resume was made with {before!r}")
 
 
 def train(
@@ -481,21 +702,40 @@ def train(
     stages: Sequence[str] = STAGES,
     *,
     resume: bool = False,
+    start: Path | None = None,
     **run: Any,
 ) -> LlavaForConditionalGeneration:
     """Run stages one after the other and return the model; `resume` goes on from `folder/checkpoint.pt`.
 
-    Without `resume`, a first stage other than "tower" starts from the checkpoint too, at its own step 0.
-    Raises `FileNotFoundError` when a checkpoint is needed and missing.
+    Args:
+        settings: all that decides the result.
+        folder: of checkpoint and log.
+        stages: in order, some of `STAGES`.
+        resume: go on where the checkpoint stands, with the same settings but for steps and rates.
+        start: a finished model whose weights the first stage begins with. Without it and without `resume`, a first
+            stage other than "tower" starts from the checkpoint, at its own step 0.
+        **run: see `run_stage`.
+
+    Raises:
+        FileNotFoundError: a checkpoint or model is needed and missing.
+        ValueError: the checkpoint to resume was made with other settings, or `start` has other shapes.
     """
     stages = tuple(stages)
+    if resume and start is not None:
+        raise ValueError("resume and start exclude each other: the checkpoint has weights of its own")
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = torch.device(accelerator.type, torch.accelerator.current_device_index()) if accelerator else "cpu"
     model = build_model(settings).to(device)  # type: ignore[arg-type]
     state = None
-    if resume or stages[0] != STAGES[0]:
+    if start is not None:
+        load_weights(model, start)
+    elif resume or stages[0] != STAGES[0]:
+        if not (folder / "checkpoint.pt").exists():
+            raise FileNotFoundError(f"{folder / 'checkpoint.pt'}: no checkpoint to go on from")
         state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
+        if resume:
+            check_settings(settings, state["settings"])
         model.load_state_dict(state["model"])
     if resume and state is not None and state["stage"] in stages:
         stages = stages[stages.index(state["stage"]) :]
@@ -505,15 +745,23 @@ def train(
     return model
 
 
-def main() -> None:
-    """Command line entry."""
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"Error: {message}\n")  # one line, without the usage
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Command line entry; `arguments` and the program's name default to the process's."""
     default = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, help="folder of checkpoint, log and finished model")
     action.add_argument("--look", type=Path, metavar="MODEL", help="do not train: look at a finished model")
     parser.add_argument("--stage", choices=("all", *STAGES), nargs="+", default=["all"])
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument(
+        "--start", metavar="MODEL", help="begin with a finished model's weights; scenes: the bundled one"
+    )
     for name, kind in (("steps", int), ("batch", int), ("rate", float)):
         parser.add_argument(
             f"--{name}",
@@ -523,11 +771,14 @@ def main() -> None:
             metavar=("TOWER", "ALIGN", "LANGUAGE"),
         )
     parser.add_argument("--unfreeze", type=float, default=default.unfreeze, help="share of language steps")
+    parser.add_argument("--mask", choices=tuple(MASKS), default=default.mask, help="who may attend to whom")
+    parser.add_argument("--objective", choices=OBJECTIVES, default=default.objective)
+    parser.add_argument("--one-turn", action="store_true", help="every turn a row of its own")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own)")
     parser.add_argument("--check-every", type=int, default=500, help="language steps between looks; 0 for none")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
     together = "WORLD_SIZE" in os.environ
     if together:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -537,12 +788,25 @@ def main() -> None:
     if a.threads:
         torch.set_num_threads(a.threads)
     if a.look:
+        if not (a.look / "config.json").exists():
+            raise FileNotFoundError(f"{a.look}: no finished model there (no config.json)")
         finished = LlavaForConditionalGeneration.from_pretrained(a.look)
-        print(json.dumps(quick_check(finished, default, scenes=500), indent=1))
+        mask = getattr(finished.config, "trained_mask", default.mask)
+        print(json.dumps(quick_check(finished, replace(default, mask=mask), scenes=500), indent=1))
         return
-    settings = Settings(tuple(a.steps), tuple(a.batch), tuple(a.rate), unfreeze=a.unfreeze, seed=a.seed)
+    settings = Settings(
+        tuple(a.steps),
+        tuple(a.batch),
+        tuple(a.rate),
+        unfreeze=a.unfreeze,
+        seed=a.seed,
+        mask=a.mask,
+        objective=a.objective,
+        one_turn=a.one_turn,
+    )
     stages = STAGES if "all" in a.stage else tuple(a.stage)
-    model = train(settings, a.out, stages, resume=a.resume, check_every=a.check_every, workers=a.workers)
+    start = None if a.start is None else model_path() if a.start == "scenes" else Path(a.start)
+    model = train(settings, a.out, stages, resume=a.resume, start=start, check_every=a.check_every, workers=a.workers)
     if stages[-1] == "language" and not (together and distributed.get_rank()):
         export(model, settings, a.out / "model")
 

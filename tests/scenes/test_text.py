@@ -67,7 +67,8 @@ def test_training_rows_are_what_the_template_gives(processor):
     image = scenes.render(s)
     turns = text.training_turns(s)
     coder = train.Coder(64)
-    apart, _, positions, segments = coder.row(turns, apart=True, system=text.SYSTEM)
+    row = coder.row(turns, apart=True, system=text.SYSTEM)
+    apart, positions, segments = row.ids, row.positions, row.segments
     for number, (prompt, answer) in enumerate(turns, start=1):
         conversation = text.messages(prompt, image, system=text.SYSTEM)
         conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -81,7 +82,7 @@ def test_training_rows_are_what_the_template_gives(processor):
         user["content"] = user["content"][number > 0 :]
         conversation += [user, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
     wanted = processor.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"][0]
-    assert coder.row(turns, apart=False)[0] == wanted
+    assert coder.row(turns, apart=False).ids == wanted
 
 
 def test_training_pixels_are_the_processors(processor):
