@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm_attn.analysis import Explanation, explain, saliency
+    from vlm_attn.analysis import Explanation, explain, gaze, saliency, sinks
     from vlm_attn.kernels import Group
     from vlm_attn.method import Method
     from vlm_attn.patching import is_patched, patch, patched, spans, unpatch
@@ -26,11 +26,13 @@ _EXPORTS = {
     "Method": "vlm_attn.method",
     "MethodInfo": "vlm_attn.registry",
     "explain": "vlm_attn.analysis",
+    "gaze": "vlm_attn.analysis",
     "is_patched": "vlm_attn.patching",
     "methods": "vlm_attn.registry",
     "patch": "vlm_attn.patching",
     "patched": "vlm_attn.patching",
     "saliency": "vlm_attn.analysis",
+    "sinks": "vlm_attn.analysis",
     "spans": "vlm_attn.patching",
     "unpatch": "vlm_attn.patching",
 }
@@ -41,11 +43,13 @@ __all__ = [
     "Method",
     "MethodInfo",
     "explain",
+    "gaze",
     "is_patched",
     "methods",
     "patch",
     "patched",
     "saliency",
+    "sinks",
     "spans",
     "unpatch",
 ]

@@ -85,13 +85,21 @@ def vlm_attention(
 
     if call.mode == "edited":
         edits = tag.engine.edits(call, tag.layer)
-        if not edits:
+        if not edits and tag.engine.watch is None:
             return plain()
         mask = attention_mask
         if mask is None and query.shape[2] > 1:
             mask = _causal(call, key, torch.arange(query.shape[2], device=query.device)[None])
         offset = _offset(module, call, key)
-        out = edited_attention(query, key, value, edits, mask=mask, offset=offset, **shared)
+
+        def attend(value: Tensor) -> Tensor:
+            return edited_attention(query, key, value, edits, mask=mask, offset=offset, **shared)
+
+        if tag.engine.watch is not None:
+            tag.engine.watch(tag.layer, attend, value, offset)
+            if not edits:
+                return plain()
+        out = attend(value)
         return out.transpose(1, 2).contiguous(), None
 
     out, weights = plain()

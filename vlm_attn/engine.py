@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -54,6 +54,7 @@ class Engine:
         self.query_span = query_span
         self.base = "sdpa"  # implementation the model had
         self.force = False  # run neutral methods through the edit path too
+        self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends
         self.call: Call | None = None
         self.spans: dict[str, Any] | None = None
         self.undo: list[Any] = []
@@ -66,7 +67,7 @@ class Engine:
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"call": None, "spans": None, "_pending": None, "_depth": 0, "_bare": False, "_owner": 0}
+        idle = {"call": None, "watch": None, "spans": None, "_pending": None, "_depth": 0, "_bare": False, "_owner": 0}
         return {**self.__dict__, **idle, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

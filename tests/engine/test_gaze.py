@@ -1,0 +1,113 @@
+"""Where the model looks while it answers, and which tokens are sinks, against an eager attention of the tests' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlm_attn
+from tests import tiny
+from tests.engine.test_saliency import GRIDS
+from tests.hallucination.test_gift import columns, gift_hand, map_by_hand
+from tests.helpers import ACTIVE, close, differ, generate, logits, on
+from tests.oracle import Hand, attentions, oracle
+from vlm_attn.patching import engine_of
+
+GIFT = ACTIVE["gift"]
+
+
+def by_hand(model: Any, x: dict[str, Any], hand: Hand, new: int) -> tuple[list[int], Tensor]:
+    """Answer and attention ``[T, P]`` of the rows it was read from, averaged over heads and layers."""
+    length, rows = x["input_ids"].shape[1], []
+
+    def look(layer: int, probability: Tensor) -> Tensor:
+        probability = hand(layer, probability)
+        rows.append(probability[0, :, -1, :length].mean(0))
+        return probability
+
+    answer = generate(oracle(model, look), x, new=new, suppress_tokens=[tiny.IMAGE])[0][0].tolist()
+    return answer, torch.stack(rows).view(new, -1, length).mean(1)
+
+
+class TestGaze:
+    @pytest.mark.parametrize(
+        "name", ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl", "gemma3", "paligemma"]
+    )
+    def test_plain_model(self, name: str) -> None:
+        model, inputs = tiny.FAMILIES[name]()
+        x = inputs([[3, "image", 9]])
+        before = logits(model, x)
+        answer, rows = by_hand(model, x, lambda layer, probability: probability, 5)
+        (found,) = vlm_attn.gaze(model, x, answer)
+        h, w = GRIDS[name]
+        assert found.shape == (5, h, w)
+        visual = (x["input_ids"][0] == tiny.IMAGE).nonzero().flatten()
+        first = len(visual) - h * w if name == "internvl" else 0  # its overview stands behind the tiles
+        close(found.flatten(1), rows[:, visual[first : first + h * w]], 1e-4)
+        assert not vlm_attn.is_patched(model)
+        assert torch.equal(logits(model, x), before)
+
+    @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+    def test_edits_are_seen(self, name: str) -> None:
+        model, inputs = tiny.FAMILIES[name]()
+        x = inputs([[3, "image", 11]], seed=5)
+        visual, query = columns(x)
+        saliency = map_by_hand([attentions(model, x)[1][0].double().numpy()], visual, query, query)
+        answer, rows = by_hand(model, x, gift_hand(visual, query, saliency, GIFT), 6)
+        with vlm_attn.patched(model, "gift", query_span=(query[0], query[-1] + 1), **GIFT):
+            (found,) = vlm_attn.gaze(model, x, answer)
+            assert [method.name for method in engine_of(model).methods] == ["gift"]
+            assert engine_of(model).watch is None
+        close(found.flatten(1), rows[:, visual], 1e-4)
+        differ(found, vlm_attn.gaze(model, x, answer)[0])
+
+    def test_two_images(self) -> None:
+        model, inputs = tiny.llava()
+        x = inputs([[3, "image", 2, "image", 9]])
+        answer, rows = by_hand(model, x, lambda layer, probability: probability, 3)
+        visual = (x["input_ids"][0] == tiny.IMAGE).nonzero().flatten()
+        found = vlm_attn.gaze(model, x, answer)
+        assert [maps.shape for maps in found] == [(3, 3, 3), (3, 3, 3)]
+        close(torch.cat([maps.flatten(1) for maps in found], 1), rows[:, visual], 1e-4)
+
+    def test_wrong_input(self) -> None:
+        model, inputs = tiny.llava()
+        x = inputs([[3, "image", 9]])
+        with pytest.raises(ValueError, match="one answer to one prompt, got 0 tokens"):
+            vlm_attn.gaze(model, x, [])
+        with pytest.raises(ValueError, match="2 prompts"):
+            vlm_attn.gaze(model, inputs([[3, "image", 9], [3, "image", 9]]), [5])
+        with on(model, "gift"):
+            with pytest.raises(ValueError, match="patched already"):
+                vlm_attn.gaze(model, x, [5], processor=None)
+            with pytest.raises(IndexError):
+                vlm_attn.gaze(model, x, [10**6])  # not a token: the model is left as it was
+            assert [method.name for method in engine_of(model).methods] == ["gift"]
+            assert engine_of(model).watch is None
+        assert not vlm_attn.is_patched(model)
+
+
+class TestSinks:
+    def test_by_hand(self) -> None:
+        """Massive in the input of a layer: the share of the edited layers in which a token is."""
+        model, inputs = tiny.llava()
+        x = inputs([[3, "image", 9]])
+        with torch.no_grad():
+            hidden = model(**x, output_hidden_states=True).hidden_states
+        massive = [h[0, :, [3, 7]].abs().amax(-1) / (h[0].square().mean(-1) + 1e-6).sqrt() >= 1.5 for h in hidden[:1]]
+        (found,) = vlm_attn.sinks(model, x, sink_dims=(3, 7), tau=1.5, layers=(0,))
+        visual = x["input_ids"][0] == tiny.IMAGE
+        assert torch.equal(found.flatten(), massive[0][visual].float())
+        assert 0 < found.sum() < 9
+        with on(model, "var"):
+            (over_layers,) = vlm_attn.sinks(model, x)
+            assert over_layers.shape == (3, 3)
+            assert set((over_layers * 3).round().int().flatten().tolist()) <= {0, 1, 2, 3}
+            with pytest.raises(ValueError, match="patched already"):
+                vlm_attn.sinks(model, x, tau=2.0)
+        with on(model, "gift"), pytest.raises(ValueError, match="'gift', which knows no sinks"):
+            vlm_attn.sinks(model, x)
+        assert not vlm_attn.is_patched(model)
