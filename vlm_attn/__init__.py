@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlm_attn.analysis import Explanation, explain, gaze, saliency, sinks
     from vlm_attn.kernels import Group
     from vlm_attn.method import Method
-    from vlm_attn.patching import is_patched, patch, patched, spans, unpatch
+    from vlm_attn.patching import is_patched, kept, patch, patched, spans, unpatch
     from vlm_attn.registry import MethodInfo, methods
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ _EXPORTS = {
     "explain": "vlm_attn.analysis",
     "gaze": "vlm_attn.analysis",
     "is_patched": "vlm_attn.patching",
+    "kept": "vlm_attn.patching",
     "methods": "vlm_attn.registry",
     "patch": "vlm_attn.patching",
     "patched": "vlm_attn.patching",
@@ -45,6 +46,7 @@ __all__ = [
     "explain",
     "gaze",
     "is_patched",
+    "kept",
     "methods",
     "patch",
     "patched",

@@ -102,18 +102,15 @@ def vlm_attention(
         out = attend(value)
         return out.transpose(1, 2).contiguous(), None
 
-    out, weights = plain()
-    first = int(call.past)
+    out, weights = plain() if call.ahead is None else (query.transpose(1, 2), None)
     for method in tag.engine.readers(tag.layer):
-        rows = method.read_rows(call) - first
-        valid = (rows >= 0) & (rows < query.shape[2])
+        rows, valid = call.find_rows(method.read_rows(call))
         if valid.any():
-            rows = rows.clamp(0, query.shape[2] - 1)
             attention = attention_rows(
                 _take(query, rows), key, mask=_rows_mask(call, attention_mask, key, rows), **shared
             )
             call.store_rows(method, tag.layer, attention, valid, int(_offset(module, call, key)))
-    edits = tag.engine.edits(call, tag.layer)
+    edits = tag.engine.edits(call, tag.layer) if call.ahead is None else []
     if edits:
         for rows, valid in _text_rows(call):
             edited = edited_attention(
@@ -138,7 +135,7 @@ def _base_of(module: nn.Module) -> str:
 
 def _offset(module: nn.Module, call: Call, key: Tensor) -> int | Tensor:
     """Column of the first key: 0, or more in a sliding layer that has dropped its oldest keys."""
-    if getattr(module, "sliding_window", None) is None:
+    if getattr(module, "sliding_window", None) is None or (call.reduction is not None and call.reduction.drop):
         return 0
     total = call.past + call.length
     if isinstance(total, Tensor):
@@ -172,6 +169,8 @@ def _text_rows(call: Call) -> list[tuple[Tensor, Tensor]]:
     first, stop = int(call.past), int(call.past) + call.length
     wanted = nn.functional.pad(call.layout.text_after_image, (0, max(0, stop - call.prompt.length)), value=True)
     wanted = wanted[:, first:stop].int()
+    if call.reduction is not None and call.reduction.rows is not None:
+        wanted = wanted.gather(1, call.reduction.rows)
     count = int(wanted.sum(1).max())
     order = wanted.argsort(dim=1, descending=True, stable=True)[:, :count]
     valid = wanted.gather(1, order).bool()

@@ -13,6 +13,7 @@ from vlm_attn.layout import TokenLayout
 
 if TYPE_CHECKING:
     from vlm_attn.method import Method
+    from vlm_attn.reduction import Reducer, Reduction
 
 Mode = Literal["prompt", "edited", "other"]
 
@@ -36,6 +37,9 @@ class Call:
         first: columns that were in the cache when the call began.
         earlier: the call that filled those columns, if it is known.
         edits: the edits of each layer from the end of the prompt on.
+        reduction: which columns are kept, while a method keeps fewer.
+        ahead: the method for which a layer's attention is being read ahead.
+        seen: what was read of the vision tower, a part for each of its runs.
     """
 
     prompt: TokenLayout
@@ -50,6 +54,9 @@ class Call:
     earlier: Call | None = None
     batch: int = 0
     edits: dict[int, list[Edit]] = field(default_factory=dict)
+    reduction: Reduction | None = None
+    ahead: Reducer | None = None
+    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _layouts: dict[int, TokenLayout] = field(default_factory=dict)
     _memory: dict[str, dict[Any, Any]] = field(default_factory=dict)
     _rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -70,11 +77,12 @@ class Call:
         """The prompt has run: let go of what only reading it needed. A cache keeps the call for as long as it lives."""
         self.done = True
         self.earlier = None
+        self.seen.clear()
         self._rows.clear()
 
     def restart(self) -> None:
         """Forget what was read: the whole sequence runs again (``use_cache=False``)."""
-        self.done = False
+        self.done, self.reduction = False, None
         for read in (self.edits, self._rows, self._tokens):
             read.clear()
 
@@ -83,12 +91,41 @@ class Call:
     def store_rows(self, method: Method, layer: int, attention: Tensor, valid: Tensor, offset: int) -> None:
         """Keep attention ``[B, H, R, S]`` of the read rows where ``valid [B, R]``; key 0 is column ``offset``."""
         key = (method.name, layer)
+        if self.reduction is not None:
+            attention = self.reduction.spread_keys(layer, attention)
         size = (*attention.shape[:3], self.prompt.length)
         if key not in self._rows or self._rows[key].shape != size:
             self._rows[key] = attention.new_zeros(size)
         stop = min(offset + attention.shape[3], self.prompt.length)
         part = self._rows[key][..., offset:stop]
         part.copy_(torch.where(valid[:, None, :, None], attention[..., : stop - offset], part))
+
+    def find_rows(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Where prompt columns ``[B, R]`` stand among the rows that run now: ``(rows, valid)``."""
+        if self.reduction is not None:
+            return self.reduction.find_rows(columns, int(self.past), self.length)
+        rows = columns - int(self.past)
+        return rows.clamp(0, self.length - 1), (rows >= 0) & (rows < self.length)
+
+    def vision(self, image: int) -> tuple[Tensor, Tensor]:
+        """What was read of the vision tower at one image of the prompt.
+
+        Raises:
+            ValueError: the tower has not run in this call (``inputs_embeds``).
+        """
+        if not self.seen:
+            raise ValueError(
+                "the vision tower did not run in this call, so what its CLS token looks at is unknown: "
+                "pass pixel_values, not inputs_embeds"
+            )
+        parts = [torch.cat(part) for part in zip(*self.seen, strict=True)]
+        images = range(len(self.prompt.images))
+        shown = [n for n in images if self.prompt.images[n].start >= self.first]  # this turn's
+        if len(parts[0]) % len(shown) or (len(parts[0]) == len(images) and image not in shown):
+            shown = list(images)
+        times = len(parts[0]) // len(shown)  # some hosts run the tower once per beam
+        cls, keys = (part[shown.index(image) * times] for part in parts)
+        return cls, keys
 
     def rows(self, method: Method) -> dict[int, Tensor]:
         """Attention rows by layer, as :meth:`~vlm_attn.method.Method.prompt_read` gets them."""

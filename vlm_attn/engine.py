@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_attn import host
+from vlm_attn import host, reduction
 from vlm_attn.call import Call
 from vlm_attn.chat import ChatTemplate, find_question
 from vlm_attn.families import family_of, image_token_ids, split_images
@@ -53,6 +54,8 @@ class Engine:
         self.template = template
         self.query_span = query_span
         self.base = "sdpa"  # implementation the model had
+        self.told = False  # whether a warning that is given once has been given
+        self.kept: tuple[reduction.KeptImage, ...] = ()  # of the last prompt
         self.force = False  # run neutral methods through the edit path too
         self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends
         self.call: Call | None = None
@@ -88,7 +91,14 @@ class Engine:
 
     def readers(self, layer: int) -> list[Method]:
         """Methods that read attention rows of a layer."""
-        return [m for m in self.active if layer in m.read_layers]
+        if self.call is not None and self.call.ahead is not None:
+            return [self.call.ahead]
+        return [m for m in self.active if layer in m.read_layers and not getattr(m, "reads_ahead", False)]
+
+    @property
+    def reduces(self) -> bool:
+        """Whether visual tokens are taken away."""
+        return any(isinstance(m, reduction.Reducer) for m in self.active)
 
     def edits(self, call: Call, layer: int) -> list[Edit]:
         """Edits of a layer for the rows that run now, in the methods' order. They stay the same once the prompt has run."""
@@ -96,6 +106,8 @@ class Engine:
             return call.edits[layer]
         now = [m for m in call.methods if call.done or call.mode == "edited" or m.edited_rows == "text"]
         edits = [edit for m in now if (edit := m.edit(call, layer)) is not None]
+        if edits and call.reduction is not None:
+            edits = call.reduction.edits(layer, edits)
         if call.done:
             call.edits[layer] = edits
         return edits
@@ -136,7 +148,11 @@ class Engine:
                 "inputs_embeds hide where the image and the question are: "
                 "wrap the call in `with vlm_attn.spans(model, visual=[(a, b)], query=[(c, d)]):` (one entry per row)"
             )
-        if not visual.any(1).all():
+        if not visual.any(1).all() and not any(m.needs_image for m in self.active):
+            if not self.told:
+                self.told = True
+                warnings.warn("a prompt has no image: there is no visual token to take away", UserWarning, stacklevel=2)
+        elif not visual.any(1).all():
             rows = (~visual.any(1)).nonzero().flatten().tolist()
             raise ValueError(
                 f"no image token in the prompt of row {rows}: the processor must see an image and its placeholder "
@@ -155,6 +171,11 @@ class Engine:
         cache = inputs.get("past_key_values")
         call.first = host.cached_length(cache) if cache is not None and hasattr(cache, "get_seq_length") else 0
         call.earlier = getattr(cache, CACHE_NOTE, None)
+        if host.is_short(cache) and not self.reduces:
+            raise ValueError(
+                "the cache passed in holds fewer columns than it counts, from a call that dropped visual tokens: "
+                "go on with the methods it was filled with, or pass no cache"
+            )
         for method in self.active:
             method.start(call, self.processor)
         return call
@@ -283,6 +304,12 @@ class Engine:
         call.mode = "prompt"
         call.past = past = host.cached_length(cache)
         end, prompt = past + call.length, call.prompt.length
+        if self.reduces and (end < prompt or past != call.first):
+            raise NotImplementedError(
+                "visual tokens can only be taken away when the whole prompt runs at once: "
+                "leave out prefill_chunk_size, or patch without "
+                + "+".join(m.name for m in self.active if isinstance(m, reduction.Reducer))
+            )
         if end < prompt or not self.splits:
             self._pending = {"done": end >= prompt}
             return (), kwargs
@@ -312,7 +339,8 @@ class Engine:
         kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
         total = call.length
         cut = prompt - 1 - past  # rows before the last prompt token
-        body = cut + 1 if family_of(self.model_config).prefix_lm else cut
+        # What is kept may hang on the last row: it then runs with the body, and once more, edited.
+        body = cut + 1 if self.reduces or family_of(self.model_config).prefix_lm else cut
         mask = kwargs.get("attention_mask")
         kinds = (
             {kind: host.layer_of_type(self.text_config, kind) for kind in mask} if isinstance(mask, dict) else {None: 0}
@@ -334,6 +362,7 @@ class Engine:
         if body:
             call.length = body
             output = module.forward(**rows(0, body))
+            reduction.restore(call, output)
             if body > cut:
                 host.rewind(cache, body - cut)
         for method in self.active:
@@ -349,6 +378,10 @@ class Engine:
             return None
         cache = getattr(output, "past_key_values", None)
         if pending["done"]:
+            if call.reduction is not None:
+                self.kept = call.reduction.report(call.prompt.images)
+                if call.mode == "prompt":
+                    reduction.restore(call, output)
             call.finish()
             # A compiled decode step must find what it needs, not build it inside its graph.
             for layer in range(len(self.text_model.layers)):  # type: ignore[arg-type]
@@ -379,7 +412,10 @@ class Engine:
         hidden = args[0] if args else kwargs["hidden_states"]
         for method in self.active:
             if method.read_hidden:
-                call.store_tokens(method, layer, method.read_tokens(hidden))
+                values = method.read_tokens(hidden)
+                if call.reduction is not None and call.mode == "prompt":
+                    values = call.reduction.spread_rows(values, call.length)
+                call.store_tokens(method, layer, values)
 
 
 class LayerHook:
@@ -388,9 +424,11 @@ class LayerHook:
     def __init__(self, engine: Engine, layer: int) -> None:
         self.engine, self.layer = engine, layer
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hand the layer's input to the engine."""
-        self.engine.before_layer(self.layer, args, kwargs)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take tokens away, then hand the layer's input to the engine."""
+        new = reduction.before_layer(self.engine, module, self.layer, args, kwargs)
+        self.engine.before_layer(self.layer, *(new or (args, kwargs)))
+        return new
 
 
 def _padding(mask: Tensor | None, batch: int) -> list[int]:

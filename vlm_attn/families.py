@@ -70,11 +70,16 @@ class Family:
         grid: how an image's tokens form a picture.
         tokens_per_image: tokens of one image, to split images that stand side by side; None = one run, one image.
         prefix_lm: prompt rows see the whole prompt, so the last token is run again instead of being split off.
+        reducible: its decoder layers are known to take fewer rows (positions and masks come as arguments, nothing else runs
+            along the sequence).
+        cls: attention modules of a vision tower whose CLS token stands first and whose patches are the image's tokens.
     """
 
     grid: GridRule = _no_grid
     tokens_per_image: Callable[[Any, Mapping[str, Any]], int | None] | None = None
     prefix_lm: bool = False
+    reducible: bool = False
+    cls: Callable[[Any], Sequence[Any]] | None = None
 
 
 def _clip_tokens(config: Any, inputs: Mapping[str, Any]) -> int | None:
@@ -84,15 +89,22 @@ def _clip_tokens(config: Any, inputs: Mapping[str, Any]) -> int | None:
     return side * side + (getattr(config, "vision_feature_select_strategy", "default") != "default")
 
 
+def _clip_attention(model: Any) -> list[Any]:
+    tower = next(m for name, m in model.named_modules() if name.split(".")[-1] == "vision_tower")
+    if not any(name.endswith("class_embedding") for name, _ in tower.named_parameters()):
+        return []
+    return [m for name, m in tower.named_modules() if name.endswith("self_attn")]
+
+
 # Model type -> facts. Adding a family is one row.
 FAMILIES: dict[str, Family] = {
-    "llava": Family(grid=_llava, tokens_per_image=_clip_tokens),
-    "llava_next": Family(grid=_overview_first),
-    "qwen2_vl": Family(grid=_thw),
-    "qwen2_5_vl": Family(grid=_thw),
-    "internvl": Family(grid=_tiles),
-    "gemma3": Family(grid=_square),
-    "paligemma": Family(grid=_square, tokens_per_image=_clip_tokens, prefix_lm=True),
+    "llava": Family(grid=_llava, tokens_per_image=_clip_tokens, reducible=True, cls=_clip_attention),
+    "llava_next": Family(grid=_overview_first, reducible=True),
+    "qwen2_vl": Family(grid=_thw, reducible=True),
+    "qwen2_5_vl": Family(grid=_thw, reducible=True),
+    "internvl": Family(grid=_tiles, reducible=True),
+    "gemma3": Family(grid=_square, reducible=True),
+    "paligemma": Family(grid=_square, tokens_per_image=_clip_tokens, prefix_lm=True, reducible=True),
 }
 
 
@@ -115,6 +127,39 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
             "so the image's columns cannot be found"
         )
     return ids
+
+
+def check_reducible(config: Any, method: str) -> None:
+    """Refuse to take visual tokens from a family whose layers were never tried with fewer.
+
+    Raises:
+        NotImplementedError: names the families that are known.
+    """
+    if not family_of(config).reducible:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.reducible)
+        raise NotImplementedError(
+            f"{method} takes visual tokens out of the sequence. For model type {config.model_type!r} that is not known to be "
+            f"safe: its layers may read the image by place (deepstack features, query tokens). Known: {known}"
+        )
+
+
+def cls_attention_module(model: Any, config: Any, method: str) -> Any:
+    """The attention module of the vision tower whose output is projected.
+
+    Raises:
+        NotImplementedError: the family's tower has no CLS token, or its patches are not the image's tokens.
+    """
+    find = family_of(config).cls
+    modules = find(model) if find is not None else []
+    layer = getattr(config, "vision_feature_layer", None)
+    if not modules or not isinstance(layer, int):
+        known = ", ".join(name for name, family in FAMILIES.items() if family.cls is not None)
+        raise NotImplementedError(
+            f"{method} ranks tokens by the attention of the vision tower's CLS token, which model type "
+            f"{config.model_type!r} lacks or does not hand on patch by patch. Known: {known} with a CLIP tower"
+        )
+    # hidden_states[0] is the embedding, so -1 is the last layer's output and 1 the first's
+    return modules[layer if layer < 0 else layer - 1]
 
 
 def split_images(config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[str, Any]) -> tuple[ImageSpan, ...]:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -157,6 +158,69 @@ def rewind(cache: Any, columns: int) -> None:
             layer.crop(-columns)
 
 
+class ShortLayer(DynamicLayer):
+    """One layer of a dynamic cache that holds fewer columns than it counts.
+
+    It counts every column of the sequence, so that positions, masks and ``generate`` stay in step; ``dropped`` of them are
+    not there. A sliding layer turns into one too: it then keeps its old keys, and its mask is what hides them.
+    """
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.is_sliding = layer.is_sliding
+        self.dropped = 0
+        if layer.is_initialized:
+            self.dtype, self.device = layer.dtype, layer.device
+            self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
+
+    def get_seq_length(self) -> int:
+        """Columns seen, dropped ones counted."""
+        held = super().get_seq_length()
+        return held + self.dropped if held else 0
+
+    def reset(self) -> None:
+        """Empty the layer."""
+        super().reset()
+        self.dropped = 0
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: no past key is ever let go."""
+
+
+def shorten(cache: Any, layers: int) -> bool:
+    """Let every layer of a cache hold fewer columns than it counts. False where this kind of cache cannot.
+
+    Raises:
+        NotImplementedError: a sliding layer has already let old columns go.
+    """
+    if not isinstance(cache, DynamicCache):
+        return False
+    held: Any = cache.layers
+    while len(held) < layers and cache.layer_class_to_replicate is not None:
+        held.append(cache.layer_class_to_replicate())
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, ShortLayer) for layer in held):
+        return False
+    for layer in held:
+        sliding = layer.is_initialized and type(layer) is DynamicSlidingWindowLayer
+        if sliding and layer.keys.shape[-2] < layer.cumulative_length:
+            raise NotImplementedError(
+                "the cache passed in has sliding-window layers that have let old columns go, so no visual token can be "
+                "taken away any more: pass no cache"
+            )
+    cache.layers = [layer if type(layer) is ShortLayer else ShortLayer(layer) for layer in held]
+    return True
+
+
+def is_short(cache: Any) -> bool:
+    """Whether a cache holds fewer columns than it counts."""
+    return any(getattr(layer, "dropped", 0) for layer in getattr(cache, "layers", ()))
+
+
+def set_dropped(cache: Any, layer: int, dropped: int) -> None:
+    """Say how many columns of a layer of a shortened cache are not there once this forward has run."""
+    cache.layers[layer].dropped = dropped
+
+
 def key_window(cache: Any, rows: int, layer: int) -> tuple[int, int]:
     """``(length, first column)`` of the keys that a layer will return for ``rows`` new rows."""
     length, offset = cache.get_mask_sizes(rows, layer)
@@ -239,3 +303,40 @@ def _slice_4d(
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         part = nn.functional.pad(part, (0, lacking), value=hidden)
     return part
+
+
+# Arguments of decoder layers that hold one entry per row, and the dimension they do it in (the batch is the one before).
+ROW_ARGUMENTS = {"position_embeddings": -2, "position_ids": -1}
+
+
+def gather_arguments(kwargs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """A decoder layer's arguments for the rows ``[B, q]`` of its forward; the mask is left as it is."""
+
+    def gather(value: Any, dim: int) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(gather(part, dim) for part in value)
+        if not isinstance(value, Tensor):
+            return value
+        wide = [-1] * value.ndim
+        wide[dim - 1] = len(rows)
+        index = rows if dim == -1 else rows[..., None].expand(-1, -1, value.shape[-1])
+        value = value.expand(wide)
+        return value.gather(dim, index.expand(*value.shape[: value.ndim - index.ndim], *index.shape))
+
+    return {**kwargs, **{name: gather(kwargs[name], dim) for name, dim in ROW_ARGUMENTS.items() if name in kwargs}}
+
+
+def mask_like(shown: Tensor, base: str, like: Tensor) -> Tensor:
+    """A boolean mask (True = visible) in the format of an implementation."""
+    if base == "sdpa":
+        return shown
+    return torch.zeros(shown.shape, dtype=like.dtype, device=like.device).masked_fill(
+        ~shown, torch.finfo(like.dtype).min
+    )
+
+
+def hide(mask: Tensor, shown: Tensor) -> Tensor:
+    """A mask of either format with what is not ``shown`` hidden as well."""
+    if mask.dtype == torch.bool:
+        return mask & shown
+    return mask.masked_fill(~shown, torch.finfo(mask.dtype).min)

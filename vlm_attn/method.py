@@ -41,12 +41,14 @@ class Method:
         edited_rows: ``"last"`` edits every row from the last prompt token on (the prompt then runs as body + last
             token); ``"text"`` edits every text row after the first image as well.
         read_hidden: whether :meth:`read_tokens` is called with every layer's input.
+        needs_image: whether a prompt without an image is an error; else the method does nothing there.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     edited_rows: ClassVar[Literal["last", "text"]] = "last"
     read_hidden: ClassVar[bool] = False
+    needs_image: ClassVar[bool] = True
 
     @property
     def neutral(self) -> bool:

@@ -13,9 +13,10 @@ from vlm_attn import host, presets, registry
 from vlm_attn.attention import TAG, Tag
 from vlm_attn.chat import read_template, tokenizer_of
 from vlm_attn.engine import Engine, LayerHook
-from vlm_attn.families import image_token_ids
+from vlm_attn.families import check_reducible, cls_attention_module, image_token_ids
 from vlm_attn.layout import is_span
 from vlm_attn.method import Method, ModelFacts
+from vlm_attn.reduction import KeptImage, Reducer, VisionHook
 
 Model = TypeVar("Model", bound=nn.Module)
 MethodLike = str | Method | Sequence["str | Method"]
@@ -80,6 +81,11 @@ def patch(
         hidden=text_config.hidden_size,
     )
     methods = resolve(method, parameters, top, facts, preset)
+    reducers = [m for m in methods if isinstance(m, Reducer)]
+    for reducer in reducers:
+        check_reducible(top, reducer.name)
+    wants_cls = next((m.name for m in reducers if m.needs_cls), None)
+    tower = None if wants_cls is None else cls_attention_module(model, top, wants_cls)
     if not (query_span is None or callable(query_span) or (is_span(query_span) and 0 <= query_span[0] < query_span[1])):
         raise ValueError(
             f"query_span={query_span!r}: give half-open columns (start, stop) with 0 <= start < stop, or a callable"
@@ -104,11 +110,13 @@ def patch(
         text_model.register_forward_pre_hook(engine.before_text, with_kwargs=True),
         text_model.register_forward_hook(engine.after_text, with_kwargs=True),
     ]
-    if any(m.read_hidden for m in methods):
+    if any(m.read_hidden or isinstance(m, Reducer) for m in methods):
         engine.handles += [
             layer.register_forward_pre_hook(LayerHook(engine, index), with_kwargs=True)
             for index, layer in enumerate(layers)
         ]
+    if tower is not None:
+        engine.handles.append(tower.register_forward_pre_hook(VisionHook(engine), with_kwargs=True))
     setattr(model, TAG, engine)
     engine.shadowed = {name: model.__dict__[name] for name in ("generate", *_REFUSED_CALLS) if name in model.__dict__}
     if hasattr(type(model), "generate"):
@@ -175,6 +183,26 @@ def spans(model: nn.Module, *, query: Any = None, visual: Any = None) -> Iterato
         yield
     finally:
         engine.spans = before
+
+
+def kept(model: nn.Module) -> tuple[KeptImage, ...]:
+    """Which visual tokens the last prompt of a patched model kept, image by image.
+
+    Args:
+        model: a patched model that has run a prompt.
+
+    Returns:
+        One :class:`~vlm_attn.reduction.KeptImage` per image: the tokens left after every stage, their cells, a mask to draw.
+
+    Raises:
+        ValueError: the model is not patched, no method keeps fewer tokens, or nothing has run yet.
+    """
+    engine = engine_of(model)
+    if not engine.kept:
+        names = "+".join(m.name for m in engine.methods)
+        why = "no prompt with an image has run yet" if engine.reduces else "no such method is active"
+        raise ValueError(f"the model is patched with {names!r}: {why}, so nothing was taken away")
+    return engine.kept
 
 
 def is_patched(model: Any) -> bool:

@@ -12,8 +12,13 @@ from typing import Any
 from vlm_attn.method import Method
 
 METHODS = {
+    "divprune": "vlm_attn.visual_token_ops.divprune:DivPrune",
+    "downsample": "vlm_attn.visual_token_ops.downsample:Downsample",
+    "fastv": "vlm_attn.visual_token_ops.fastv:FastV",
     "gift": "vlm_attn.hallucination.gift:Gift",
+    "random": "vlm_attn.visual_token_ops.random:Random",
     "var": "vlm_attn.hallucination.var:Var",
+    "vtw": "vlm_attn.visual_token_ops.vtw:VTW",
 }
 
 

@@ -1,0 +1,467 @@
+"""Taking visual tokens away: dropping equals masking equals an oracle of the tests' own, in every way of decoding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache
+
+import vlm_attn
+from tests import tiny
+from tests.engine.test_patching import state
+from tests.helpers import ACTIVE, Inputs, alone, close, differ, generate, logits, same, stock
+from vlm_attn.hallucination import Gift, Var
+from vlm_attn.patching import engine_of
+from vlm_attn.reduction import Reducer
+from vlm_attn.visual_token_ops import VTW, DivPrune, Downsample, FastV, Random
+
+SEED = 1
+IMAGES = (1, 2, 3)
+PROMPTS = [[3, "image", 7], [1, "image", 4, "image", 6], [2, "image", 3, "image", 2, "image", 9]]
+REDUCERS: dict[str, Callable[..., Reducer]] = {
+    "random": Random,
+    "downsample": Downsample,
+    "divprune": lambda **o: DivPrune(**{"keep": 0.5, **o}),
+    "fastv": lambda **o: FastV(**{"layer": 2, **o}),
+    "vtw": lambda **o: VTW(**{"layer": 2, **o}),
+}
+
+
+@cache
+def built(name: str) -> tiny.Built:
+    return tiny.FAMILIES[name]()
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def family(request: pytest.FixtureRequest) -> Iterator[tiny.Built]:
+    yield built(request.param)
+    assert not vlm_attn.is_patched(built(request.param)[0])
+
+
+@pytest.fixture(params=REDUCERS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def reducer(name: str, family: tiny.Built | None = None, **options: Any) -> Reducer:
+    if name == "downsample" and family is not None and family[0].config.model_type == "llava_next":
+        pytest.skip("tiles and newline tokens form no single grid")
+    return REDUCERS[name](**options)
+
+
+def run(family: tiny.Built, methods: Any, x: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
+    with vlm_attn.patched(family[0], methods):
+        return generate(
+            family[0], x, **{"suppress_tokens": [tiny.IMAGE], **options}
+        )  # uncached, the host would look for it
+
+
+class TestExact:
+    def test_keeping_everything_is_the_plain_model(self, family: tiny.Built, name: str) -> None:
+        model, inputs = family
+        x = inputs(PROMPTS, seed=SEED)
+        plain, plain_run = logits(model, x), generate(model, x)
+        with vlm_attn.patched(model, reducer(name, keep=1.0)):
+            assert torch.equal(logits(model, x), plain)
+            got = generate(model, x)
+        assert torch.equal(got[0], plain_run[0])
+        assert torch.equal(got[1], plain_run[1])
+
+    def test_dropping_is_masking(self, family: tiny.Built, name: str) -> None:
+        model, inputs = family
+        x = inputs(PROMPTS, seed=SEED)
+        plain = generate(model, x)
+        kept = []
+        found = []
+        for mode in ("drop", "mask"):
+            with vlm_attn.patched(model, reducer(name, family, mode=mode)):
+                last = logits(model, x)[:, -1]
+                found.append((last, generate(model, x)))
+                kept.append(vlm_attn.kept(model))
+        close(found[0][0], found[1][0])
+        same(found[0][1], found[1][1])
+        close(found[0][1][1][0], found[0][0])
+        differ(found[0][1][1], plain[1])
+        for one, other in zip(*kept, strict=True):
+            assert [(layer, index.tolist()) for layer, index in one.stages] == [
+                (layer, index.tolist()) for layer, index in other.stages
+            ]
+
+    @pytest.mark.parametrize("layer", [0, 2])
+    def test_oracle(self, family: tiny.Built, layer: int) -> None:
+        """A stock model whose rows from a layer on do not see the columns that were dropped, by hooks of this test's own."""
+        model, inputs = family
+        x = inputs([PROMPTS[1], PROMPTS[2]], seed=SEED)
+        method = Random(keep=0.4) if layer == 0 else FastV(layer=layer, keep=0.4)
+        with vlm_attn.patched(model, method):
+            got = logits(model, x)
+            kept = vlm_attn.kept(model)
+        gone = torch.zeros_like(x["input_ids"], dtype=torch.bool)
+        number = 0
+        for row in range(len(gone)):
+            columns = (x["input_ids"][row] == tiny.IMAGE).nonzero().flatten()
+            for _ in range(IMAGES[row + 1]):
+                image = kept[number]
+                own, columns = columns[: image.total], columns[image.total :]
+                gone[row, own] = True
+                gone[row, own[image.index]] = False
+                number += 1
+        assert number == len(kept)
+
+        def blind(module: Any, args: Any, kwargs: Any) -> Any:
+            mask = kwargs["attention_mask"]
+            length = gone.shape[1]
+            if mask is None:
+                mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+            return args, {
+                **kwargs,
+                "attention_mask": mask & (~gone[:, None, None] | torch.eye(length, dtype=torch.bool)),
+            }
+
+        layers = next(m for n, m in model.named_modules() if n.endswith("language_model")).layers
+        handles = [part.register_forward_pre_hook(blind, with_kwargs=True) for part in layers[layer:]]
+        try:
+            wanted = logits(model, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        there = x["attention_mask"].bool() & ~gone
+        close(got[there], wanted[there])
+        differ(wanted[:, -1], logits(model, x)[:, -1])
+
+    def test_dropped_rows_are_empty(self) -> None:
+        model, inputs = built("llava")
+        x = inputs([[3, "image", 9]], seed=SEED)
+        with vlm_attn.patched(model, Random(keep=4)), torch.no_grad():
+            out = model(**x, output_hidden_states=False)
+            index = vlm_attn.kept(model)[0].index
+        empty = (out.logits[0] == 0).all(1).nonzero().flatten().tolist()
+        assert empty == [4 + i for i in range(9) if i not in index.tolist()]
+
+    def test_the_cache_shrinks(self) -> None:
+        model, inputs = built("llava")
+        x = inputs([[3, "image", 9]], seed=SEED)
+        with vlm_attn.patched(model, FastV(layer=2, keep=3)), torch.no_grad():
+            cache = model(**x).past_key_values
+        assert [layer.keys.shape[2] for layer in cache.layers] == [22, 22, 16, 16]
+        assert cache.get_seq_length() == 22
+        assert [cache.get_mask_sizes(1, i) for i in range(4)] == [(23, 0)] * 4
+
+
+class TestDecoding:
+    def test_batch_is_rows_alone(self, family: tiny.Built, name: str) -> None:
+        model, inputs = family
+        x = inputs(PROMPTS, seed=SEED)
+        if name == "random":
+            pytest.skip("drawn by the image's number in the call")
+        with vlm_attn.patched(model, reducer(name, family)):
+            tokens, scores = generate(model, x)
+            for row in range(len(PROMPTS)):
+                same(generate(model, alone(x, row, IMAGES)), (tokens[row : row + 1], scores[:, row : row + 1]))
+
+    def test_without_cache(self, family: tiny.Built, name: str) -> None:
+        x = family[1](PROMPTS, seed=SEED)
+        method = reducer(name, family)
+        same(run(family, method, x, use_cache=False), run(family, method, x))
+
+    @pytest.mark.filterwarnings("ignore:StaticCache")
+    def test_static_cache(self, family: tiny.Built, name: str) -> None:
+        model, inputs = family
+        x = inputs(PROMPTS, seed=SEED)
+        method = reducer(name, family)
+        close(stock(lambda: generate(model, x, cache_implementation="static"))[1], generate(model, x)[1])
+        same(run(family, method, x, cache_implementation="static"), run(family, method, x))
+        one = inputs([PROMPTS[0]], seed=SEED)
+        same(run(family, method, one, cache_implementation="static"), run(family, method, one))
+
+    def test_beams(self, family: tiny.Built, name: str) -> None:
+        model, inputs = family
+        x = inputs(PROMPTS[:2], seed=SEED)
+
+        def beams(mode: str) -> Any:
+            with vlm_attn.patched(model, reducer(name, family, mode=mode)), torch.no_grad():
+                return model.generate(
+                    **x, num_beams=3, num_return_sequences=2, do_sample=False, max_new_tokens=5,
+                    output_scores=True, return_dict_in_generate=True,
+                )  # fmt: skip
+
+        one, other = beams("drop"), beams("mask")
+        assert one.sequences.tolist() == other.sequences.tolist()
+        close(one.sequences_scores, other.sequences_scores)
+        assert len({tuple(row) for row in one.sequences.tolist()}) > 2
+
+    @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": None}])
+    def test_guesses(self, family: tiny.Built, name: str, options: dict[str, Any]) -> None:
+        model, inputs = family
+        x = inputs([PROMPTS[0]], seed=2)
+        if "assistant_model" in options:
+            options = {"assistant_model": copy.deepcopy(model)}
+        plain = generate(model, x, new=10)
+        if stock(lambda: generate(model, x, new=10, **options))[0].tolist() != plain[0].tolist():
+            pytest.skip("stock transformers: speculative and greedy decoding give different tokens for this family")
+        method = reducer(name, family)
+        same(run(family, method, x, new=10, **options), run(family, method, x, new=10))
+
+    def test_loop_by_hand_and_second_turn(self, family: tiny.Built, name: str) -> None:
+        """Two turns on one cache are one prompt, as far as the tokens of the first turn were kept by the same choice."""
+        model, inputs = family
+        x = inputs([[3, "image", 9]], seed=SEED)
+        more = torch.randint(3, tiny.IMAGE, (1, 5), generator=torch.Generator().manual_seed(3))
+        found = []
+        for mode in ("drop", "mask"):
+            with vlm_attn.patched(model, reducer(name, family, mode=mode)), torch.no_grad():
+                cache = DynamicCache(config=model.config.get_text_config())
+                first = model.generate(**x, past_key_values=cache, do_sample=False, max_new_tokens=3)
+                ids = torch.cat([first, more], 1)
+                second = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                for key in ("token_type_ids", "mm_token_type_ids"):
+                    if key in x:
+                        second[key] = (ids == tiny.IMAGE).int() * int(x[key].max())
+                held = cache.get_seq_length()
+                assert held == first.shape[1] - 1
+                found.append(
+                    stock(
+                        lambda second=second, cache=cache: generate(
+                            model, {**second, **{k: v for k, v in x.items() if "grid" in k}}, past_key_values=cache
+                        )
+                    )
+                )
+        same(*found)
+
+    def test_sampling_repeats(self, family: tiny.Built, name: str) -> None:
+        x = family[1](PROMPTS[:2], seed=SEED)
+        method = reducer(name, family)
+        found = []
+        for _ in range(2):
+            torch.manual_seed(6)
+            found.append(run(family, method, x, do_sample=True, temperature=5.0, top_k=0, num_return_sequences=3))
+        assert torch.equal(found[0][0], found[1][0])
+        assert len({tuple(row) for row in found[0][0].tolist()}) > 2
+
+    def test_bfloat16(self, family: tiny.Built, name: str) -> None:
+        model = copy.deepcopy(family[0]).to(torch.bfloat16)
+        x = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in family[1](PROMPTS, seed=SEED).items()}
+        stock(lambda: generate(model, x))
+        with vlm_attn.patched(model, reducer(name, family)):
+            assert generate(model, x)[1].isfinite().all()
+
+    def test_eager(self, family: tiny.Built, name: str) -> None:
+        model = copy.deepcopy(family[0])
+        x = family[1](PROMPTS, seed=SEED)
+        wanted = run(family, reducer(name, family), x)
+        model.set_attn_implementation("eager")
+        for mode in ("drop", "mask"):
+            same(run((model, family[1]), reducer(name, family, mode=mode), x), wanted)
+
+    @pytest.mark.parametrize("window", [5, 8, 20])
+    def test_short_sliding_windows(self, name: str, window: int) -> None:
+        family = tiny.gemma3(sliding_window=window)
+        x = family[1](PROMPTS, seed=SEED)
+        wanted = run(family, reducer(name, mode="mask"), x, new=12)
+        same(run(family, reducer(name), x, new=12), wanted)
+        same(run(family, reducer(name), x, new=12, use_cache=False), wanted)
+
+    def test_chunked_prefill_is_refused(self, name: str) -> None:
+        family = built("llava")
+        x = family[1]([PROMPTS[0]], seed=SEED)
+        with pytest.raises(NotImplementedError, match="prefill_chunk_size"):
+            run(family, reducer(name), x, prefill_chunk_size=7)
+
+    @pytest.mark.filterwarnings("ignore:StaticCache")
+    def test_compiled(self, name: str) -> None:
+        family = tiny.llava()
+        x = family[1]([PROMPTS[0]], seed=SEED)
+        compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+        compiled._compile_all_devices = True
+        torch._dynamo.reset()
+        wanted = run(family, reducer(name), x)
+        same(run(family, reducer(name), x, cache_implementation="static", compile_config=compiled), wanted)
+        torch._dynamo.reset()
+
+
+class TestBesideOthers:
+    @pytest.mark.parametrize("other", ["gift", "var", "gift+var"])
+    def test_edits(self, family: tiny.Built, name: str, other: str) -> None:
+        """Edited rows see the kept columns only: dropped equals masked, cached equals uncached, in either order."""
+        model, inputs = family
+        x = inputs(PROMPTS, seed=SEED)
+        methods = {  # no choice between heads and no gate, so that none can tip over
+            "gift": Gift(**{**ACTIVE["gift"], "heads": 1.0}),
+            "var": Var(**{**ACTIVE["var"], "rho": 0.0, "visual_floor": 0.0}),
+        }
+        others = [methods[part] for part in other.split("+")]
+        bare = run(family, reducer(name, family), x)
+        masked = run(family, [reducer(name, family, mode="mask"), *others], x)
+        same(run(family, [reducer(name, family), *others], x), masked)
+        same(run(family, [*others, reducer(name, family)], x), masked)
+        same(run(family, [reducer(name, family), *others], x, use_cache=False), masked)
+        differ(masked[1], bare[1])
+
+    def test_two_reducers(self, family: tiny.Built) -> None:
+        model, inputs = family
+        x = inputs(PROMPTS, seed=SEED)
+        found = []
+        for mode in ("drop", "mask"):
+            pair = [Random(keep=0.75, mode=mode), FastV(layer=2, keep=0.25, mode=mode)]
+            with vlm_attn.patched(model, pair):
+                found.append(generate(model, x))
+                for image in vlm_attn.kept(model):
+                    (first, some), (then, few) = image.stages
+                    assert (first, then) == (0, 2)
+                    assert set(few.tolist()) < set(some.tolist())
+        same(*found)
+
+
+class TestKept:
+    def test_cells(self) -> None:
+        model, inputs = built("qwen2_vl")
+        x = inputs([[2, "image", 3, "image", 4]], seed=SEED)
+        with vlm_attn.patched(model, Random(keep=2)):
+            generate(model, x)
+            images = vlm_attn.kept(model)
+        assert [(image.row, image.grid, image.total) for image in images] == [(0, (2, 3), 6)] * 2
+        for image in images:
+            assert len(image.index) == 2
+            assert image.cells.tolist() == [[i // 3, i % 3] for i in image.index.tolist()]
+            assert image.mask.nonzero().tolist() == image.cells.tolist()
+
+    def test_tokens_beside_the_grid(self) -> None:
+        model, inputs = built("llava_next")
+        x = inputs([[2, "image", 3]], seed=SEED)
+        with vlm_attn.patched(model, Random(keep=12)):
+            generate(model, x)
+            (image,) = vlm_attn.kept(model)
+        for place, cell in zip(image.index.tolist(), image.cells.tolist(), strict=True):
+            assert cell == ([place // 2, place % 2] if place < 4 else [-1, -1])
+
+    def test_nothing_to_show(self) -> None:
+        model, inputs = built("llava")
+        with pytest.raises(ValueError, match="not patched"):
+            vlm_attn.kept(model)
+        with vlm_attn.patched(model, Random()), pytest.raises(ValueError, match="no prompt"):
+            vlm_attn.kept(model)
+        with vlm_attn.patched(model, "gift", **ACTIVE["gift"]):
+            generate(model, inputs([PROMPTS[0]]))
+            with pytest.raises(ValueError, match="gift"):
+                vlm_attn.kept(model)
+
+
+class TestUndone:
+    def test_unpatch(self, name: str) -> None:
+        model, inputs = tiny.llava()
+        x = inputs(PROMPTS, seed=SEED)
+        plain = generate(model, x)
+        before = state(model)
+        run((model, inputs), reducer(name), x)
+        assert state(model) == before
+        assert torch.equal(generate(model, x)[1], plain[1])
+
+    def test_copies_share_nothing(self, name: str) -> None:
+        model, inputs = tiny.llava()
+        x = inputs(PROMPTS, seed=SEED)
+        with vlm_attn.patched(model, reducer(name)):
+            wanted = generate(model, x)
+            twin = copy.deepcopy(model)
+            same(generate(twin, x), wanted)
+        assert vlm_attn.is_patched(twin)
+        same(generate(twin, x), wanted)
+
+    def test_after_an_exception(self) -> None:
+        model, inputs = tiny.llava()
+        x = inputs([PROMPTS[0]], seed=SEED)
+        with vlm_attn.patched(model, Random()):
+            wanted = generate(model, x)
+            vlm_attn.patch(model, Random(keep=99), replace=True)
+            with pytest.raises(ValueError, match="keep=99"):
+                generate(model, x)
+            vlm_attn.patch(model, Random(), replace=True)
+            same(generate(model, x), wanted)
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize("keep", [0.0, -0.5, 1.5, 0, -3, float("nan")])
+    def test_keep_outside(self, keep: Any) -> None:
+        with pytest.raises(ValueError, match="keep="):
+            Random(keep=keep)
+
+    @pytest.mark.parametrize("keep", [True, "half", None])
+    def test_keep_is_no_number(self, keep: Any) -> None:
+        with pytest.raises(TypeError, match="keep"):
+            Random(keep=keep)
+
+    def test_mode(self) -> None:
+        with pytest.raises(ValueError, match='"drop"'):
+            Random(mode="cut")  # type: ignore[arg-type]
+
+    def test_more_than_the_image_has(self, name: str) -> None:
+        if name == "vtw":
+            pytest.skip("takes no count")
+        family = built("llava")
+        with pytest.raises(ValueError, match=r"keep=10 .* 9 tokens of image 0"):
+            run(family, reducer(name, keep=10), family[1]([PROMPTS[0]]))
+        assert engine_is_idle(family[0])
+
+    @pytest.mark.parametrize("method", [FastV(layer=4), VTW(layer=9)])
+    def test_layer_beyond_the_model(self, method: Reducer) -> None:
+        model, _ = built("llava")
+        with pytest.raises(ValueError, match=r"layer .* allowed are 0\.\.3"):
+            vlm_attn.patch(model, method)
+        assert not vlm_attn.is_patched(model)
+
+    def test_layer_zero(self) -> None:
+        with pytest.raises(ValueError, match="layer=0"):
+            FastV(layer=0)
+
+    def test_unknown_family(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vlm_attn.families import FAMILIES
+
+        model, _ = built("llava")
+        monkeypatch.delitem(FAMILIES, "llava")
+        with pytest.raises(NotImplementedError, match=r"'llava'.*Known: llava_next"):
+            vlm_attn.patch(model, Random())
+        assert not vlm_attn.is_patched(model)
+
+    def test_no_image_is_a_no_op(self) -> None:
+        model, inputs = built("llava")
+        x = {k: v for k, v in inputs([[12]]).items() if k != "pixel_values"}
+        plain = generate(model, x)
+        with vlm_attn.patched(model, Random()):
+            with pytest.warns(UserWarning, match="no image"):
+                same(generate(model, x), plain)
+            import warnings
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                same(generate(model, x), plain)
+
+    def test_image_last(self, name: str) -> None:
+        family = built("llava")
+        with pytest.raises(ValueError, match="ends in an image token"):
+            run(family, reducer(name), family[1]([[5, "image"]]))
+
+    def test_no_grid(self) -> None:
+        family = built("llava_next")
+        with pytest.raises(ValueError, match="form no grid"):
+            run(family, Downsample(), family[1]([PROMPTS[0]]))
+
+    def test_vtw_between(self) -> None:
+        with pytest.raises(ValueError, match="keep=0.5"):
+            VTW(keep=0.5)
+
+    def test_short_cache_without_reducer(self) -> None:
+        model, inputs = built("llava")
+        x = inputs([PROMPTS[0]], seed=SEED)
+        with vlm_attn.patched(model, Random()), torch.no_grad():
+            cache = model(**x).past_key_values
+        with vlm_attn.patched(model, "gift", **ACTIVE["gift"]), pytest.raises(ValueError, match="fewer columns"):
+            model(**x, past_key_values=cache)
+
+
+def engine_is_idle(model: Any) -> bool:
+    return not vlm_attn.is_patched(model) or engine_of(model).call is None

@@ -1,0 +1,55 @@
+"""DivPrune: keep the tokens that are least alike (arXiv 2503.02175, CVPR 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlm_attn.reduction import Keep, Picture, Reducer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Reducer):
+    """Keep the most diverse visual tokens: greedy max-min over cosine distance of the projected features.
+
+    Attributes:
+        keep: default 0.098, the paper's ratio (56 of 576).
+    """
+
+    name: ClassVar[str] = "divprune"
+    paper: ClassVar[str] = "DivPrune, arXiv 2503.02175"
+
+    keep: Keep = 0.098
+
+    def choose(self, picture: Picture) -> Tensor:
+        """The max-min diverse set."""
+        return farthest(cosine_distance(picture.tokens), picture.count)
+
+
+def cosine_distance(tokens: Tensor) -> Tensor:
+    """``[n, n]`` one minus the cosine of every pair, float32."""
+    unit = nn.functional.normalize(tokens.float(), dim=-1)
+    return 1 - unit @ unit.T
+
+
+def farthest(distance: Tensor, count: int) -> Tensor:
+    """Greedy max-min: first the token whose nearest neighbour is farthest, then whichever is farthest from all chosen.
+
+    Args:
+        distance: ``[n, n]``.
+        count: how many, at least 1.
+
+    Returns:
+        ``[count]`` indices, ascending.
+    """
+    alone = distance.clone().fill_diagonal_(float("inf")).amin(1)
+    chosen = [alone.argmax()]
+    nearest = distance[chosen[0]]
+    for _ in range(count - 1):
+        nearest = nearest.index_fill(0, chosen[-1], -float("inf"))
+        chosen.append(nearest.argmax())
+        nearest = torch.minimum(nearest, distance[chosen[-1]])
+    return torch.stack(chosen).sort().values

@@ -1,0 +1,37 @@
+"""VTW: from layer K on the text knows what the image said, and the image can go (arXiv 2405.05803, AAAI 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlm_attn.method import check_range
+from vlm_attn.reduction import Keep, Reducer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VTW(Reducer):
+    """Withdraw all visual tokens before layer K.
+
+    Attributes:
+        layer: K; the paper takes 15 of 32 for LLaVA-1.5-7B. At least 1.
+        keep: 0.0 takes them all, 1.0 takes none; there is nothing in between.
+    """
+
+    name: ClassVar[str] = "vtw"
+    paper: ClassVar[str] = "VTW, arXiv 2405.05803"
+
+    layer: int = 15
+    keep: Keep = 0.0
+
+    def check(self) -> None:
+        """All or nothing."""
+        if self.keep not in (0.0, 1.0):
+            raise ValueError(f"vtw: keep={self.keep!r}: it takes all visual tokens (0.0) or none (1.0)")
+        object.__setattr__(self, "keep", float(self.keep))
+        check_range(self, "layer", 1, 10_000)
+
+    @property
+    def stages(self) -> tuple[tuple[int, Keep], ...]:
+        """Once, before layer K."""
+        return ((self.layer, self.keep),)

@@ -1,0 +1,598 @@
+"""Keeping fewer visual tokens: what a reducer is, and how its choice is carried out before any decoder layer.
+
+Columns stay what they are: the prompt's own. A reducer names the columns it keeps; from its layer on the others are
+
+* **dropped**: hidden states, positions and mask are gathered, the cache holds fewer keys than it counts, or
+* **masked**: every later row is kept from seeing them, in any cache.
+
+Both give the same logits, so each is the other's oracle. Nothing is ever cut out of a decode step's mask by place: it
+is rebuilt from the columns that are kept. Rows that keep fewer tokens than others are filled up with hidden ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlm_attn import host
+from vlm_attn.kernels import Edit
+from vlm_attn.layout import ImageSpan
+from vlm_attn.method import Method, ModelFacts
+
+if TYPE_CHECKING:
+    from vlm_attn.call import Call
+    from vlm_attn.engine import Engine
+
+Keep = float | int
+
+
+@dataclass
+class Picture:
+    """What a reducer sees of one image, at the layer where it chooses. ``n`` tokens are still there, in order.
+
+    Attributes:
+        tokens: ``[n, D]`` the layer's input; before layer 0 the projected image features.
+        places: ``[n]`` which of the image's tokens these are.
+        total: number of tokens the image had.
+        count: number to keep.
+        grid: ``(h, w)`` of the tokens that form a picture.
+        first: index of the first of those.
+        number: the image's number in the call.
+        text: ``[T, D]`` the layer's input at the text that follows the row's first image.
+        rows: ``[H, R, n]`` attention of the rows the method reads, None if it reads none.
+        cls: ``[n]`` attention the vision tower's CLS token pays, summed over heads; None if the method asks for none.
+        keys: ``[n, d]`` the vision tower's keys, mean of the heads; None like ``cls``.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    total: int
+    count: int
+    grid: tuple[int, int]
+    first: int = 0
+    number: int = 0
+    text: Tensor | None = None
+    rows: Tensor | None = None
+    cls: Tensor | None = None
+    keys: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reducer(Method):
+    """Base of the methods that keep fewer visual tokens. A subclass fills in :meth:`score`, or :meth:`choose`.
+
+    Attributes:
+        keep: share of every image's tokens in (0, 1], or their number. ``1.0`` is neutral.
+        mode: ``"drop"`` takes the others out: faster, less memory; where a cache cannot hold fewer columns (static,
+            quantised) they are masked instead. ``"mask"`` always hides them.
+    """
+
+    edited_rows: ClassVar[Literal["last", "text"]] = "text"  # no row is edited, so the prompt need not be split
+    needs_image: ClassVar[bool] = False
+    needs_cls: ClassVar[bool] = False
+    reads_ahead: ClassVar[bool] = False
+
+    keep: Keep = 0.5
+    mode: Literal["drop", "mask"] = "drop"
+
+    def __post_init__(self) -> None:
+        self.check()
+        if self.mode not in ("drop", "mask"):
+            raise ValueError(f'{self.name}: mode={self.mode!r} is neither "drop" nor "mask"')
+
+    def check(self) -> None:
+        """Check ``keep``."""
+        check_keep(self, "keep", self.keep)
+
+    @property
+    def neutral(self) -> bool:
+        """Everything is kept."""
+        return isinstance(self.keep, float) and self.keep == 1
+
+    @property
+    def stages(self) -> tuple[tuple[int, Keep], ...]:
+        """``(layer, keep)``: before which layers how much of an image is left; layer 0 is before the language model."""
+        return ((0, self.keep),)
+
+    def bind(self, facts: ModelFacts) -> Method:
+        """Check the layers against the model."""
+        for layer, _ in self.stages:
+            if not 0 <= layer < facts.layers:
+                raise ValueError(
+                    f"{self.name}: reduces before layer {layer}, but {facts.model_type} has {facts.layers} decoder "
+                    f"layers: allowed are 0..{facts.layers - 1}"
+                )
+        return self
+
+    def start(self, call: Call, processor: Any) -> None:
+        """Check the prompt's images.
+
+        Raises:
+            ValueError: a count beyond an image's tokens; a prompt that ends in an image token.
+        """
+        for number, image in enumerate(call.prompt.images):
+            total = image.stop - image.start
+            for _, keep in self.stages:
+                if isinstance(keep, int) and keep > total:
+                    raise ValueError(
+                        f"{self.name}: keep={keep} is more than the {total} tokens of image {number} (row {image.row}): "
+                        f"give a count of 1..{total} or a ratio in (0, 1]"
+                    )
+        if call.prompt.visual[:, -1].any():
+            raise ValueError(
+                f"{self.name}: the prompt ends in an image token, which cannot be taken away: put text after the image"
+            )
+
+    def read_rows(self, call: Call) -> Tensor:
+        """The last prompt token, for the reducers that read attention."""
+        group = call.layout.group
+        return torch.full((len(group), 1), group.shape[1] - 1, device=group.device)
+
+    def edit(self, call: Call, layer: int) -> Edit | None:
+        """No attention is edited."""
+        return None
+
+    def score(self, picture: Picture) -> Tensor:
+        """``[n]``: how much each token is worth."""
+        raise NotImplementedError
+
+    def choose(self, picture: Picture) -> Tensor:
+        """``[m]`` indices into the picture's tokens, ascending: those with the highest score."""
+        return highest(self.score(picture), picture.count)
+
+    def merge(self, picture: Picture, chosen: Tensor) -> Tensor | None:
+        """``[m, D]`` what the chosen tokens become, None = they stay as they are."""
+        return None
+
+
+def highest(score: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest values, ascending; of equal ones the earlier."""
+    return score.float().sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def kept_count(keep: Keep, total: int) -> int:
+    """How many of ``total`` tokens a ``keep`` means: a ratio is rounded, to at least one token if it is above 0."""
+    if isinstance(keep, int):
+        return min(keep, total)
+    return max(int(keep > 0), int(keep * total + 0.5))
+
+
+def check_keep(method: Method, name: str, keep: Any) -> None:
+    """Refuse what is neither a ratio in (0, 1] nor a count.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: outside the range.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise TypeError(f"{method.name}: {name} must be a ratio in (0, 1] or a count, got {keep!r}")
+    if not (keep >= 1 if isinstance(keep, int) else 0 < keep <= 1):
+        raise ValueError(
+            f"{method.name}: {name}={keep!r} is outside (0, 1] for a ratio (a float), or below 1 for a count (an int)"
+        )
+
+
+# What was kept, for whoever wants to draw it
+
+
+@dataclass(frozen=True)
+class KeptImage:
+    """Which tokens of one image a call kept.
+
+    Attributes:
+        image: number of the image in the call.
+        row: row of the batch.
+        grid: ``(h, w)`` of the tokens that form a picture.
+        first: index of the first of those among the image's tokens.
+        total: number of tokens the image had.
+        stages: ``(layer, index)``: before which layer, and which tokens were left then (ascending, on the CPU).
+    """
+
+    image: int
+    row: int
+    grid: tuple[int, int]
+    first: int
+    total: int
+    stages: tuple[tuple[int, Tensor], ...]
+
+    @property
+    def index(self) -> Tensor:
+        """``[n]`` the tokens left after the last stage."""
+        return self.stages[-1][1] if self.stages else torch.arange(self.total)
+
+    @property
+    def cells(self) -> Tensor:
+        """``[n, 2]`` row and column of every token that is left; -1 for one that is not on the grid."""
+        (h, w), place = self.grid, self.index - self.first
+        cells = torch.stack([place // w, place % w], 1)
+        return cells.masked_fill(((place < 0) | (place >= h * w))[:, None], -1)
+
+    @property
+    def mask(self) -> Tensor:
+        """``[h, w]`` bool: the cells that are left."""
+        mask = torch.zeros(self.grid, dtype=torch.bool)
+        cells = self.cells[self.cells[:, 0] >= 0]
+        mask[cells[:, 0], cells[:, 1]] = True
+        return mask
+
+
+# Carrying it out
+
+
+@dataclass
+class Kept:
+    """What one layer's keys are, as far as the prompt goes. What follows the prompt follows here as well.
+
+    Attributes:
+        visible: ``[B, P]`` bool, the prompt's columns that later rows may see.
+        columns: ``[B, n]`` the columns that are there at all, ascending; None = all of them (masked, not dropped).
+        full: whether nothing that is there has to be hidden.
+    """
+
+    visible: Tensor
+    columns: Tensor | None
+    full: bool
+
+    @property
+    def dropped(self) -> int:
+        """How many columns are not there."""
+        return 0 if self.columns is None else self.visible.shape[1] - self.columns.shape[1]
+
+    def keys(self, total: int) -> Tensor:
+        """``[B, n + ...]`` the column of every key, up to column ``total``."""
+        assert self.columns is not None
+        tail = torch.arange(self.visible.shape[1], total, device=self.columns.device)
+        return torch.cat([self.columns, tail.expand(len(self.columns), -1)], 1)
+
+
+@dataclass
+class Reduction:
+    """The state of a call that reduces. Plain data, copied with the call.
+
+    Attributes:
+        drop: whether tokens are dropped; else masked.
+        rows: ``[B, q]`` which rows of the prompt's forward are still there at the layer that runs; None = all.
+        visible: ``[B, P]`` columns of the prompt that are kept so far.
+        layers: per layer, what its keys are.
+        stages: per image, what each stage left.
+    """
+
+    drop: bool
+    visible: Tensor
+    rows: Tensor | None = None
+    layers: dict[int, Kept] = field(default_factory=dict)
+    stages: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    masks: list[tuple[Any, Kept, Any]] = field(default_factory=list)
+
+    def report(self, images: Sequence[ImageSpan]) -> tuple[KeptImage, ...]:
+        """What is left of every image."""
+        return tuple(
+            KeptImage(n, i.row, i.grid, i.first, i.stop - i.start, tuple(self.stages.get(n, ())))
+            for n, i in enumerate(images)
+        )
+
+    def edits(self, layer: int, edits: list[Edit]) -> list[Edit]:
+        """Edits of a layer over the keys that are there."""
+        kept = self.layers.get(layer)
+        if kept is None or kept.columns is None:
+            return edits
+        index = kept.columns[..., None]
+        return [
+            Edit(e.segments.gather(1, index.expand(-1, -1, e.segments.shape[2])), e.policy, conserves=e.conserves)
+            for e in edits
+        ]
+
+    def find_rows(self, columns: Tensor, first: int, length: int) -> tuple[Tensor, Tensor]:
+        """Where prompt columns ``[B, R]`` stand among the rows that run now: ``(rows, valid)``."""
+        place = columns - first
+        valid = (place >= 0) & (place < length)
+        valid &= self.visible.gather(1, columns.clamp(0, self.visible.shape[1] - 1)) | (
+            columns >= self.visible.shape[1]
+        )
+        place = place.clamp(0, length - 1)
+        if self.rows is not None:
+            place = torch.searchsorted(self.rows, place).clamp_max(self.rows.shape[1] - 1)
+        return place, valid
+
+    def spread_keys(self, layer: int, attention: Tensor) -> Tensor:
+        """``[B, H, R, n]`` over the keys that are there to ``[B, H, R, columns]``."""
+        kept = self.layers.get(layer)
+        if kept is None or kept.columns is None:
+            return attention
+        index = kept.keys(kept.dropped + attention.shape[3])[:, None, None].expand_as(attention)
+        wide = attention.new_zeros(*attention.shape[:3], attention.shape[3] + kept.dropped)
+        return wide.scatter(3, index, attention)
+
+    def spread_rows(self, values: Tensor, length: int) -> Tensor:
+        """``[B, q, ...]`` of the rows that are there to ``[B, length, ...]``; zeros for the others."""
+        if self.rows is None or values.shape[1] == length:
+            return values
+        index = self.rows.reshape(*self.rows.shape, *[1] * (values.ndim - 2)).expand_as(values)
+        return values.new_zeros(len(values), length, *values.shape[2:]).scatter(1, index, values)
+
+
+def before_layer(
+    engine: Engine, module: nn.Module, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before a decoder layer runs: choose, gather, mask. Returns the layer's new arguments, None where they stay."""
+    call = engine.call
+    if call is None or call.mode == "other" or not any(isinstance(m, Reducer) for m in call.methods):
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if call.mode == "prompt":
+        if layer == 0:
+            call.reduction = _begin(engine, call, kwargs.get("past_key_values"), len(hidden))
+        state = call.reduction
+        assert state is not None
+        hidden = _reduce(engine, call, state, module, layer, hidden, kwargs)
+        state.layers[layer] = _layer_keys(call, state, layer)
+        if state.drop and kwargs.get("past_key_values") is not None:
+            host.set_dropped(kwargs["past_key_values"], layer, state.layers[layer].dropped)
+        kwargs = _gathered(state, kwargs)
+    state = call.reduction
+    if state is None or layer not in state.layers:
+        return None
+    if layer == 0:
+        state.masks.clear()
+    mask = kwargs.get("attention_mask")
+    new = _layer_mask(engine, call, state, module, layer, mask, hidden, kwargs.get("past_key_values"))
+    if new is mask and call.mode != "prompt":
+        return None
+    kwargs = {**kwargs, "attention_mask": new}
+    return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+
+
+def _begin(engine: Engine, call: Call, cache: Any, batch: int) -> Reduction:
+    """State of a prompt that begins to run."""
+    drop = all(m.mode == "drop" for m in call.methods if isinstance(m, Reducer))
+    drop &= engine.watch is None  # who watches the attention counts every column
+    if drop and cache is not None and not host.shorten(cache, len(engine.text_model.layers)):  # type: ignore[arg-type]
+        drop = False
+        if not engine.told:
+            engine.told = True
+            warnings.warn(
+                f"{type(cache).__name__} cannot hold fewer columns: visual tokens are masked, not dropped. "
+                "The result is the same, the speed is that of the plain model",
+                UserWarning,
+                stacklevel=2,
+            )
+    visible = torch.ones(batch, call.prompt.length, dtype=torch.bool, device=call.prompt.group.device)
+    return Reduction(drop, visible)
+
+
+def _layer_keys(call: Call, state: Reduction, layer: int) -> Kept:
+    """What the keys of a layer are once this forward's are added to those of earlier turns."""
+    below = state.layers.get(layer - 1)
+    earlier = call.earlier.reduction if call.first and call.earlier is not None else None
+    held = earlier.layers.get(layer) if earlier is not None else None
+    visible = state.visible
+    if held is not None:
+        seen = min(held.visible.shape[1], call.first)
+        visible = visible.clone()
+        visible[:, :seen] = held.visible[:, :seen]
+    if below is not None and visible is below.visible:
+        return below
+    if not state.drop:
+        return Kept(visible, None, bool(visible.all()))
+    past = held.keys(call.first) if held is not None else torch.arange(call.first, device=visible.device)
+    past = past.expand(len(visible), -1) if past.ndim == 1 else past
+    length = call.prompt.length - call.first
+    new = torch.arange(length, device=visible.device).expand(len(visible), -1) if state.rows is None else state.rows
+    new = new[:, : (new[0] < length).sum()]  # guesses of assisted decoding stand behind the prompt, and stay
+    columns = torch.cat([past, new + call.first], 1)
+    return Kept(visible, columns, bool(visible.gather(1, columns).all()))
+
+
+def _reduce(
+    engine: Engine, call: Call, state: Reduction, module: nn.Module, layer: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """Let every reducer with a stage here choose; returns the hidden states that are left."""
+    for method in call.methods:
+        for at, keep in method.stages if isinstance(method, Reducer) else ():
+            if at != layer or not call.prompt.images:
+                continue
+            assert isinstance(method, Reducer)
+            if method.reads_ahead:
+                _look_ahead(engine, call, state, module, method, layer, hidden, kwargs)
+            rows = call.rows(method).get(layer if method.reads_ahead else layer - 1)
+            hidden = _choose(call, state, method, layer, keep, hidden, rows)
+            if state.drop:
+                hidden = _gather(call, state, hidden)
+    return hidden
+
+
+def _choose(
+    call: Call, state: Reduction, method: Reducer, layer: int, keep: Keep, hidden: Tensor, rows: Tensor | None
+) -> Tensor:
+    """One reducer, image by image. Marks what goes in ``state.visible``; returns the hidden states, merged ones in place."""
+    times = len(hidden) // call.prompt.batch  # beams are alike while the prompt runs
+    state.visible = state.visible.clone()  # layers below keep theirs
+    for number, image in enumerate(call.prompt.images):
+        if image.start < call.first:
+            continue  # reduced in an earlier turn
+        row = image.row * times
+        columns = torch.arange(image.start, image.stop, device=state.visible.device)
+        columns = columns[state.visible[row, columns]]
+        index = _place(state, row, columns - call.first)
+        places = columns - image.start
+        seen = call.vision(number) if method.needs_cls else None
+        text = call.prompt.text_after_image[image.row].nonzero().flatten()
+        picture = Picture(
+            tokens=hidden[row, index],
+            places=places,
+            total=image.stop - image.start,
+            count=min(kept_count(keep, image.stop - image.start), len(columns)),
+            grid=image.grid,
+            first=image.first,
+            number=number,
+            text=hidden[row, _place(state, row, text[text >= call.first] - call.first)],
+            rows=None if rows is None else rows[row][:, :, columns],
+            cls=seen[0][places] if seen else None,
+            keys=seen[1][places] if seen else None,
+        )
+        chosen = method.choose(picture) if picture.count else columns[:0]
+        merged = method.merge(picture, chosen)
+        if merged is not None:
+            hidden = hidden.clone()
+            hidden[row : row + times, index[chosen]] = merged.to(hidden.dtype)
+        gone = torch.ones_like(columns, dtype=torch.bool)
+        gone[chosen] = False
+        state.visible[row : row + times, columns[gone]] = False
+        state.stages.setdefault(number, []).append((layer, places[chosen].cpu()))
+    return hidden
+
+
+def _place(state: Reduction, row: int, index: Tensor) -> Tensor:
+    """Where rows of the whole forward stand among those that are there."""
+    return index if state.rows is None else torch.searchsorted(state.rows[row], index)
+
+
+def _gather(call: Call, state: Reduction, hidden: Tensor) -> Tensor:
+    """Take the rows out that are no longer visible, in every row of the batch the same number."""
+    visible = nn.functional.pad(state.visible[:, call.first :], (0, call.length), value=True)[:, : call.length]
+    order = (~visible).int()
+    if state.rows is not None:  # what is not there any more cannot fill up a row
+        there = torch.zeros_like(visible).scatter(1, state.rows, True)
+        order += (~there).int()
+    rows = order.argsort(dim=1, stable=True)[:, : int(visible.sum(1).max())].sort(1).values
+    index = rows if state.rows is None else torch.searchsorted(state.rows, rows)
+    state.rows = rows
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+
+
+def _gathered(state: Reduction, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A layer's arguments for the rows that are left; the mask is another matter."""
+    if state.rows is None:
+        return kwargs
+    return host.gather_arguments(kwargs, state.rows)
+
+
+def _layer_mask(
+    engine: Engine, call: Call, state: Reduction, module: nn.Module, layer: int, mask: Any, hidden: Tensor, cache: Any
+) -> Any:
+    """The mask of a layer, over the keys that are there."""
+    kept = state.layers[layer]
+    if not torch.compiler.is_compiling():
+        for given, of, made in state.masks:
+            if given is mask and of is kept:
+                return made
+    made = (_short_mask if state.drop else _hiding_mask)(engine, call, state, kept, layer, mask, hidden, cache)
+    if not torch.compiler.is_compiling():
+        state.masks.append((mask, kept, made))
+    return made
+
+
+def _row_columns(call: Call, state: Reduction, hidden: Tensor) -> Tensor:
+    """``[B or 1, q]`` the columns of the rows that run now."""
+    if call.mode == "prompt" and state.rows is not None:
+        return state.rows + call.past
+    return (torch.arange(hidden.shape[1], device=hidden.device) + call.past)[None]
+
+
+def _short_mask(
+    engine: Engine, call: Call, state: Reduction, kept: Kept, layer: int, mask: Any, hidden: Tensor, cache: Any
+) -> Any:
+    if kept.full and not kept.dropped and (call.mode != "prompt" or state.rows is None):
+        return mask
+    alone = len(call.methods) == sum(isinstance(m, Reducer) for m in call.methods)
+    if mask is None and kept.full and (alone or hidden.shape[1] == 1):
+        return None  # "causal", which leaving columns out does not change
+    total = int(call.past) + call.length
+    keys = kept.keys(total)
+    shown = nn.functional.pad(kept.visible, (0, total - kept.visible.shape[1]), value=True).gather(1, keys)
+    rows = _row_columns(call, state, hidden)
+    if mask is None:
+        made = (keys[:, None, :] <= rows[..., None])[:, None] & shown[:, None, None]
+        return host.mask_like(made, engine.base, hidden)
+    mask = mask.expand(len(keys), -1, -1, -1)
+    if call.mode == "prompt" and state.rows is not None:
+        mask = mask.gather(2, state.rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, keys[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
+    return mask if kept.full else host.hide(mask, shown[:, None, None])
+
+
+def _hiding_mask(
+    engine: Engine, call: Call, state: Reduction, kept: Kept, layer: int, mask: Any, hidden: Tensor, cache: Any
+) -> Any:
+    if kept.full:
+        return mask
+    rows = _row_columns(call, state, hidden)
+    length, offset = (rows.shape[1], 0) if cache is None else cache.get_mask_sizes(hidden.shape[1], layer)
+    length = length if mask is None else mask.shape[-1]
+    keys = torch.arange(length, device=hidden.device) + offset
+    last = kept.visible.shape[1] - 1
+    shown = kept.visible[:, keys.clamp(max=last)] | (keys > last)
+    # A row that nobody sees any more still runs: it must see something, or it turns into NaN.
+    shown = shown[:, None, None] | (keys == rows[..., None])[:, None]
+    if mask is None:
+        return host.mask_like(shown & (keys <= rows[..., None])[:, None], engine.base, hidden)
+    return host.hide(mask, shown)
+
+
+def _look_ahead(
+    engine: Engine,
+    call: Call,
+    state: Reduction,
+    module: Any,
+    method: Reducer,
+    layer: int,
+    hidden: Tensor,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Read the attention that a layer would pay if nothing were taken away before it."""
+    state.layers[layer] = state.layers[layer - 1] if layer else _layer_keys(call, state, 0)
+    arguments = _gathered(state, dict(kwargs))
+    mask = arguments.get("attention_mask")
+    arguments["attention_mask"] = _layer_mask(engine, call, state, module, layer, mask, hidden, None)
+    arguments["past_key_values"] = None
+    call.ahead = method
+    try:
+        module.self_attn(hidden_states=module.input_layernorm(hidden), **arguments)
+    finally:
+        call.ahead = None
+    del state.layers[layer]
+
+
+def restore(call: Call, output: Any) -> None:
+    """Give a forward's hidden states the prompt's length again: zeros where tokens were dropped."""
+    state = call.reduction
+    if state is None or not state.drop or state.rows is None:
+        return
+    output.last_hidden_state = state.spread_rows(output.last_hidden_state, call.length)
+
+
+@dataclass
+class VisionHook:
+    """Pre-forward hook of one attention module of the vision tower: what the CLS token looks at, and the keys."""
+
+    engine: Engine
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep one attention row and the keys of every image."""
+        call = self.engine.call
+        if call is None or call.done:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        call.seen.append(cls_attention(module, hidden))
+
+
+def cls_attention(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What the CLS token of a CLIP attention module looks at.
+
+    Args:
+        module: with ``q_proj``, ``k_proj``, ``head_dim`` and ``scale``.
+        hidden: ``[N, 1 + T, D]`` its input, CLS first.
+
+    Returns:
+        ``[N, T]`` attention of CLS to the patches, summed over heads, and ``[N, T, d]`` keys, mean of the heads.
+    """
+    split = (len(hidden), -1, module.num_heads, module.head_dim)
+    query = module.q_proj(hidden[:, :1]).view(split).transpose(1, 2)
+    key = module.k_proj(hidden).view(split).transpose(1, 2)
+    attention = torch.softmax((query @ key.transpose(2, 3)).float() * module.scale, -1)
+    return attention[:, :, 0, 1:].sum(1), key[:, :, 1:].float().mean(1)
