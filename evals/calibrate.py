@@ -93,7 +93,7 @@ def measure(
 
         handles = [
             layer.register_forward_pre_hook(look(i), with_kwargs=True)
-            for i, layer in enumerate(engine.text_model.layers)
+            for i, layer in enumerate(engine.text_model.layers)  # type: ignore[arg-type]
         ]
         try:
             for start in track(

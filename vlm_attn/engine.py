@@ -23,7 +23,8 @@ from vlm_attn import host, reduction
 from vlm_attn.call import Call
 from vlm_attn.chat import ChatTemplate, find_question
 from vlm_attn.families import family_of, image_token_ids, split_images
-from vlm_attn.kernels import Edit
+from vlm_attn.kernels import Edit, Group
+from vlm_attn.kernels.masks import Mask, materialise
 from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
 from vlm_attn.method import Method
 
@@ -88,6 +89,11 @@ class Engine:
     def splits(self) -> bool:
         """Whether the prompt runs as body and last token."""
         return any(m.edited_rows == "last" for m in self.active)
+
+    @property
+    def mask(self) -> Mask | None:
+        """The mask a method puts in place of the prompt's own."""
+        return next((m.mask for m in self.active if m.mask is not None), None)
 
     def readers(self, layer: int) -> list[Method]:
         """Methods that read attention rows of a layer."""
@@ -310,10 +316,30 @@ class Engine:
                 "leave out prefill_chunk_size, or patch without "
                 + "+".join(m.name for m in self.active if isinstance(m, reduction.Reducer))
             )
+        if self.mask is not None:
+            kwargs["attention_mask"] = self._prompt_mask(call, cache, embeds)
         if end < prompt or not self.splits:
             self._pending = {"done": end >= prompt}
             return (), kwargs
         return (), self._run_body(module, kwargs, cache, past, prompt)
+
+    def _prompt_mask(self, call: Call, cache: Any, embeds: Tensor) -> Tensor:
+        """The methods' mask for the rows that run now, in the host's format."""
+        assert self.mask is not None
+        assert isinstance(call.past, int)
+        if call.past != call.first or call.past + call.length < call.prompt.length:
+            raise ValueError(
+                f"{self.mask.name}: rows of the prompt see later ones, so the prompt must run in one piece: "
+                "leave out prefill_chunk_size, or call the model on the whole prompt"
+            )
+        total = call.past + call.length
+        length, _ = host.key_window(cache, call.length, 0) if cache is not None else (total, 0)
+        group = call.layout.group
+        visible = materialise(self.mask, group, rows=range(call.past, total), length=max(length, total))[..., :length]
+        # Padded rows are never read; they see something, so that no softmax runs over nothing.
+        padded = (group[:, call.past : total] == Group.PAD)[:, None, :, None]
+        padded = nn.functional.pad(padded, (0, 0, 0, total - call.past - padded.shape[2]))
+        return host.mask_like(visible | padded, self.base, embeds)
 
     def _continues(self, call: Call, cache: Any) -> bool:
         """Whether a forward is the call's own, and not that of another stream beside it (classifier-free guidance runs the text
@@ -339,8 +365,9 @@ class Engine:
         kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
         total = call.length
         cut = prompt - 1 - past  # rows before the last prompt token
-        # What is kept may hang on the last row: it then runs with the body, and once more, edited.
-        body = cut + 1 if self.reduces or family_of(self.model_config).prefix_lm else cut
+        # What is kept may hang on the last row, and rows that see later ones must have seen it: it then runs with the body, and
+        # once more, edited.
+        body = cut + 1 if self.reduces or self.mask or family_of(self.model_config).prefix_lm else cut
         mask = kwargs.get("attention_mask")
         kinds = (
             {kind: host.layer_of_type(self.text_config, kind) for kind in mask} if isinstance(mask, dict) else {None: 0}

@@ -127,6 +127,13 @@ def restore(undo: list[tuple[nn.Module, str, Any]]) -> None:
         setattr(module, attribute, value)
 
 
+def is_causal(text_config: Any) -> bool:
+    """Whether every layer is ordinary causal attention: no sliding windows, chunks or linear layers, no bidirectional mode."""
+    kinds = getattr(text_config, "layer_types", None) or ["full_attention"]
+    both_ways = getattr(text_config, "use_bidirectional_attention", None)
+    return set(kinds) == {"full_attention"} and not both_ways and getattr(text_config, "is_causal", True)
+
+
 # Caches
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor
 
 from vlm_attn.kernels import Edit
+from vlm_attn.kernels.masks import Mask
 
 if TYPE_CHECKING:
     from vlm_attn.call import Call
@@ -23,12 +24,14 @@ class ModelFacts:
         layers: number of decoder layers.
         heads: number of query heads.
         hidden: hidden size.
+        causal: every row of every layer sees all earlier columns and no later one.
     """
 
     model_type: str
     layers: int
     heads: int
     hidden: int
+    causal: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,11 @@ class Method:
     def neutral(self) -> bool:
         """Whether the parameters make the method a no-op. A neutral method is bypassed altogether."""
         return False
+
+    @property
+    def mask(self) -> Mask | None:
+        """Who sees whom while the prompt runs; None = as the model has it. Only one method may set it."""
+        return None
 
     @property
     def read_layers(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from vlm_attn import host, presets, registry
 from vlm_attn.attention import TAG, Tag
 from vlm_attn.chat import read_template, tokenizer_of
 from vlm_attn.engine import Engine, LayerHook
-from vlm_attn.families import check_reducible, cls_attention_module, image_token_ids
+from vlm_attn.families import check_reducible, cls_attention_module, family_of, image_token_ids
 from vlm_attn.layout import is_span
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.reduction import KeptImage, Reducer, VisionHook
@@ -79,6 +79,7 @@ def patch(
         layers=len(layers),
         heads=text_config.num_attention_heads,
         hidden=text_config.hidden_size,
+        causal=host.is_causal(text_config) and not family_of(top).prefix_lm,
     )
     methods = resolve(method, parameters, top, facts, preset)
     reducers = [m for m in methods if isinstance(m, Reducer)]
@@ -251,7 +252,16 @@ def resolve(
     names = [m.name for m in built]
     if len(set(names)) != len(names):
         raise ValueError(f"each method can be applied once, got {'+'.join(names)}")
-    return [presets.complete(m, config, facts, preset).bind(facts) for m in built]
+    bound = [presets.complete(m, config, facts, preset).bind(facts) for m in built]
+    masks = [m.name for m in bound if m.mask is not None]
+    if len(masks) > 1:
+        raise ValueError(f"{'+'.join(masks)}: each of them sets the attention mask of the prompt; choose one")
+    if masks and not facts.causal:
+        raise NotImplementedError(
+            f"{masks[0]}: {facts.model_type} is no plain causal decoder (sliding windows, or prompt rows that see later ones), "
+            "so its mask cannot be replaced"
+        )
+    return bound
 
 
 def _constants(name: str, config: Any, preset: str | None) -> dict[str, Any]:

@@ -12,12 +12,17 @@ from typing import Any
 from vlm_attn.method import Method
 
 METHODS = {
+    "bidirectional": "vlm_attn.hallucination.masks:Bidirectional",
+    "croc": "vlm_attn.hallucination.masks:Croc",
     "divprune": "vlm_attn.visual_token_ops.divprune:DivPrune",
     "downsample": "vlm_attn.visual_token_ops.downsample:Downsample",
     "fastv": "vlm_attn.visual_token_ops.fastv:FastV",
     "gift": "vlm_attn.hallucination.gift:Gift",
+    "mma": "vlm_attn.hallucination.masks:Mma",
+    "prefix_lm": "vlm_attn.hallucination.masks:PrefixLm",
     "random": "vlm_attn.visual_token_ops.random:Random",
     "var": "vlm_attn.hallucination.var:Var",
+    "vision_block": "vlm_attn.hallucination.masks:VisionBlock",
     "vtw": "vlm_attn.visual_token_ops.vtw:VTW",
 }
 
