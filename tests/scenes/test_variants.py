@@ -1,46 +1,35 @@
 """The comparison of masks: one start, resumable, and intervals over seeds."""
 
 import pytest
-import torch
 
 from vlm_attn.evals.scenes import train, variants
 
-SMALL = train.Settings(steps=(1, 1, 2), batch=(2, 2, 2), layers=1, seed=1)
-
 
 def test_compare_and_go_on(tmp_path, monkeypatch):
-    torch.set_num_threads(1)
-    run = {"steps": 2, "scenes": 2, "questions": 1, "images": 4, "start": SMALL, "workers": 0}
+    run = {"steps": 2, "scenes": 2, "questions": 1, "images": 4, "workers": 0}
     found = variants.compare(tmp_path, seeds=(2, 3), **run)
-    assert set(found["runs"]) == {"causal", "mma"}
+    assert set(found["runs"]) == set(found["start"]) == {"causal", "mma"}
     figures = {"pope_random", "pope_popular", "pope_adversarial", "says_yes", "chair_s", "chair_i", "recall"}
-    assert set(found["start"]) == set(found["differences"]["mma"]) == figures
-    gap = found["differences"]["mma"]["pope_random"]
-    runs = found["runs"]
-    assert gap["seeds"] == [runs["mma"][s]["pope_random"] - runs["causal"][s]["pope_random"] for s in ("2", "3")]
-    # The start is the same file for all, and what is finished is not trained again.
+    assert set(found["start"]["mma"]) == set(found["differences"]["mma"]) == figures
+    assert found["start"]["causal"]["pope_random"] > 75  # it is the bundled model
+    gap, runs = found["differences"]["mma"]["chair_i"], found["runs"]
+    assert gap["seeds"] == [runs["mma"][s]["chair_i"] - runs["causal"][s]["chair_i"] for s in ("2", "3")]
+    # What is finished is not trained again.
     monkeypatch.setattr(train, "train", None)
     assert variants.compare(tmp_path, seeds=(2, 3), **run) == found
     with pytest.raises(ValueError, match="other settings"):
         variants.compare(tmp_path, seeds=(2, 3), **run | {"images": 5})
-    with pytest.raises(ValueError, match="seed 1 is the start's"):
-        variants.compare(tmp_path, seeds=(1, 2), **run)
+
+
+def test_wrong_comparisons(tmp_path):
+    with pytest.raises(ValueError, match="seed 0 is the bundled model's"):
+        variants.compare(tmp_path, seeds=(0, 1))
     with pytest.raises(ValueError, match="two or more"):
-        variants.compare(tmp_path, ["mma"], seeds=(2, 3), **run)
-
-
-def test_the_start_has_the_bundled_tower(tmp_path):
-    from vlm_attn.evals import scenes
-
-    path = variants.make_start(tmp_path, SMALL, workers=0)
-    load = train.LlavaForConditionalGeneration.from_pretrained
-    bundled, start = load(scenes.model_path()), load(path)
-    assert len(start.model.language_model.layers) == 1
-    gaps = [
-        (a - b).abs().max()
-        for a, b in zip(start.model.vision_tower.parameters(), bundled.model.vision_tower.parameters(), strict=True)
-    ]
-    assert max(gaps) < 0.05  # one alignment step at the warm-up's rate
+        variants.compare(tmp_path, ["mma", "mma"])
+    with pytest.raises(FileNotFoundError, match="no finished model"):
+        variants.compare(tmp_path, start=tmp_path / "none")
+    with pytest.raises(SystemExit):
+        variants.main(["--out", str(tmp_path), "--masks", "maa"])
 
 
 def test_differences_have_a_t_interval():
