@@ -20,3 +20,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def seeing_model():
+    """A tiny model that really sees, trained in seconds: see `tests/seeing.py`."""
+    from .seeing import train_seeing_model
+
+    return train_seeing_model()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -430,7 +431,12 @@ def markdown(card: dict[str, Any]) -> str:
     for head in found["top"]:
         hits, rest = cell(head["hits"], 100), cell(head["remaining"], 100)
         lines.append(f"| {head['layer']}.{head['head']} | {hits} | {rest} | {100 * head['exchanged']:.1f} |")
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith("|") else _wrapped(line) for line in lines)
+
+
+def _wrapped(line: str) -> str:
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 118, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def _marked(split: str) -> tuple[str, re.Pattern[str]]:

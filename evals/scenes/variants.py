@@ -85,10 +85,10 @@ def compare(
     names: Sequence[str] = ("causal", "mma"),
     seeds: Sequence[int] = (1, 2, 3),
     *,
-    steps: int = 160,
-    scenes: int = 16,
+    steps: int = 100,
+    scenes: int = 12,
     questions: int = 3,
-    images: int = 300,
+    images: int = 200,
     start: Path | None = None,
     **run: Any,
 ) -> dict[str, Any]:
@@ -165,8 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and figures")
     parser.add_argument("--masks", nargs="+", choices=tuple(train.MASKS), default=["causal", "mma"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=160, help="language steps of a run")
-    parser.add_argument("--images", type=int, default=300, help="validation scenes")
+    parser.add_argument("--steps", type=int, default=100, help="language steps of a run")
+    parser.add_argument("--images", type=int, default=200, help="validation scenes")
     parser.add_argument("--start", type=Path, metavar="MODEL", help="a finished model in place of the bundled one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the comparison here")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own)")
