@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+import vlm_attn
 from vlm_attn.evals import scenes
+from vlm_attn.evals.prompts import build_inputs
 from vlm_attn.evals.scenes import text, train, world
 
 
@@ -102,3 +104,30 @@ def test_greedy_of_the_training_script_is_generate(loaded):
     mine = train.greedy(model, train.Coder(64), pictures, asked)
     theirs = say(loaded, [scenes.render(some[i]) for i, _ in asked], prompts)
     assert [processor.decode(tokens) for tokens in mine] == theirs
+
+
+@pytest.mark.parametrize(
+    ("mask", "method"), [("mma", "mma"), ("vision-block", "vision_block"), ("prefix-lm", "prefix_lm")]
+)
+def test_a_training_mask_is_the_method_of_that_name(loaded, mask, method):
+    """So a variant trained with `--mask mma` is asked with `--method mma`."""
+    model, processor = loaded
+    scene = world.scene("validation", 1)
+    prompt = "Is there a dog in the image?"
+    coder = train.Coder(64)
+    batch = coder.batch([coder.row([(prompt, None)])])
+    pictures = torch.from_numpy(train.pixels(scene, 112).copy())[None]
+    with torch.no_grad():
+        embedded = train.embeddings(model, batch["ids"], train.image_features(model, pictures), torch.zeros(1).long())
+        hidden = model.model.language_model(
+            inputs_embeds=embedded, attention_mask=train.attention_mask(batch["segments"], batch["groups"], mask)
+        ).last_hidden_state
+        mine = model.lm_head(hidden)
+        inputs = build_inputs(model, processor, [scenes.render(scene)], [prompt])
+        inputs["pixel_values"] = train.normalise(pictures)  # torchvision's resize rounds differently
+        assert torch.equal(inputs["input_ids"], batch["ids"])
+        plain = model(**inputs).logits
+        with vlm_attn.patched(model, method, processor=processor):
+            theirs = model(**inputs).logits
+    torch.testing.assert_close(theirs, mine, atol=1e-4, rtol=1e-4)
+    assert (plain - mine).abs().max() > 0.01  # the mask is felt
