@@ -17,18 +17,21 @@ if __name__ == "kernels":
     # Where none is installed this stays an empty module without a version, which transformers takes for "not there".
 else:
     from vlm_attn.kernels import masks
-    from vlm_attn.kernels.edited import Edit, Policy, attention_rows, edited_attention, one_hot_segments
+    from vlm_attn.kernels.dispatch import combine, edited_attention, segmented_attention
+    from vlm_attn.kernels.edited import Edit, Policy, attention_rows, one_hot_segments
     from vlm_attn.kernels.groups import Group
-    from vlm_attn.kernels.reference import combine, segmented_attention
+    from vlm_attn.kernels.probe import Probe, probe
 
     __all__ = [
         "Edit",
         "Group",
         "Policy",
+        "Probe",
         "attention_rows",
         "combine",
         "edited_attention",
         "masks",
         "one_hot_segments",
+        "probe",
         "segmented_attention",
     ]

@@ -9,7 +9,8 @@ With ``M[b, s, n]`` the membership of key ``s`` in segment ``n`` and ``p`` the p
 which is ``softmax(logits + bias)`` with a bias, ``log w``, that is constant on every segment. A column of M may hold
 ``exp(weight)`` instead of 1 on the keys of a segment: the weighted twin, through which a saliency map enters.
 
-This is the PyTorch path, used on every device so far; ``reference.py`` states the same through log-sum-exps.
+This is the PyTorch path, the one a CPU uses; ``reference.py`` states the same through log-sum-exps, ``dispatch.py``
+chooses between this and the others.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ def edited_attention(
     scale: float,
     softcap: float | None = None,
     offset: int | Tensor = 0,
+    head_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of a few rows under a list of edits. Every policy sees the masses before any edit; weights multiply.
 
@@ -135,6 +137,7 @@ def edited_attention(
         scale: factor on the dot products.
         softcap: see :func:`attention_rows`.
         offset: column of the first key (sliding-window caches drop the oldest keys).
+        head_scale: ``[H]``, a factor on the output of every head.
 
     Returns:
         ``[B, H, Q, D]`` in the dtype of ``value``.
@@ -156,4 +159,38 @@ def edited_attention(
     if len(edits) > 1:
         probability = probability / probability.sum(dim=-1, keepdim=True).clamp_min(SMALLEST_TOTAL)
     grouped = probability.to(value.dtype).view(batch * kv_heads, (heads // kv_heads) * rows, length)
-    return torch.bmm(grouped, value.flatten(0, 1)).view(batch, heads, rows, dim)
+    out = torch.bmm(grouped, value.flatten(0, 1)).view(batch, heads, rows, dim)
+    return out if head_scale is None else (out * head_scale[:, None, None]).to(out.dtype)
+
+
+def edited_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    edits: Sequence[Edit],
+    *,
+    mask: Tensor | None = None,
+    scale: float,
+    softcap: float | None = None,
+    offset: int | Tensor = 0,
+    head_scale: Tensor | None = None,
+) -> Tensor:
+    """The same through the host's fused attention: masses first, then one call with their bias. No softcap."""
+    assert softcap is None
+    plain = attention_rows(query, key, mask=mask, scale=scale)
+    length = key.shape[2]
+    bias = torch.zeros_like(plain)
+    for edit in edits:
+        segments = edit.over(length, offset)[:, None]
+        bias = bias + torch.log(edit.policy(plain @ segments) @ segments.transpose(2, 3))
+    if mask is not None:
+        mask = mask[..., :length]
+        least = None if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
+        bias = bias.masked_fill(~mask if least is None else mask <= least, float("-inf"))
+        if least is not None:
+            bias = bias + mask.clamp_min(least)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias.to(query.dtype), scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    out = out.masked_fill((bias == float("-inf")).all(-1, keepdim=True), 0.0)  # a row without any visible key
+    return out if head_scale is None else (out * head_scale[:, None, None]).to(out.dtype)

@@ -1,0 +1,63 @@
+"""The Triton operations as torch sees them: registered with fake implementations, so that ``torch.compile`` keeps one graph.
+
+Annotations are real types here: torch reads the schemas from them.
+"""
+
+import torch
+from torch import Tensor
+
+from vlm_attn.kernels import tuning
+
+
+@torch.library.custom_op("vlm_attn::segmented_partials", mutates_args=())
+def partials(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """See ``triton_segmented.partials``."""
+    from vlm_attn.kernels import triton_segmented
+
+    return triton_segmented.partials(query, key, value, segments, mask, scale, softcap)
+
+
+@partials.register_fake
+def _(query, key, value, segments, mask, scale, softcap):  # type: ignore[no-untyped-def]
+    batch, heads, rows, dim = query.shape
+    parts = -(-key.shape[2] // tuning.chunk(query, key))
+    total, count = batch * heads * rows, segments.shape[2]
+    lse = torch.empty(total, count + 1, parts, dtype=torch.float32, device=query.device)
+    return lse, torch.empty(total, count, parts, dim, dtype=torch.float32, device=query.device)
+
+
+@torch.library.custom_op("vlm_attn::segment_masses", mutates_args=())
+def masses(lse: Tensor) -> Tensor:
+    """See ``triton_segmented.masses``."""
+    from vlm_attn.kernels import triton_segmented
+
+    return triton_segmented.masses(lse)
+
+
+@masses.register_fake
+def _(lse):  # type: ignore[no-untyped-def]
+    return lse.new_empty(lse.shape[0], lse.shape[1] - 1)
+
+
+@torch.library.custom_op("vlm_attn::combine_segments", mutates_args=())
+def combine(
+    lse: Tensor, out: Tensor, weight: Tensor, head_scale: Tensor | None, batch: int, heads: int, dtype: torch.dtype
+) -> Tensor:
+    """See ``triton_segmented.combine``."""
+    from vlm_attn.kernels import triton_segmented
+
+    return triton_segmented.combine(lse, out, weight, head_scale, batch, heads, dtype)
+
+
+@combine.register_fake
+def _(lse, out, weight, head_scale, batch, heads, dtype):  # type: ignore[no-untyped-def]
+    rows = out.shape[0] // (batch * heads)
+    return torch.empty(batch, rows, heads, out.shape[3], dtype=dtype, device=out.device).transpose(1, 2)

@@ -1,0 +1,184 @@
+"""Which backend runs a call, what is refused and with which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlm_attn.kernels import Edit, combine, dispatch, edited_attention, one_hot_segments, segmented_attention
+from vlm_attn.kernels.dispatch import Facts, choose
+
+EDIT = Edit(one_hot_segments(torch.tensor([[0, 1, 1, 0, 1]]), 2), lambda mass: 1 + mass)
+
+
+def qkv(heads: int = 4, kv_heads: int = 2, dim: int = 8, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.randn(1, heads, 1, dim, **options),
+        torch.randn(1, kv_heads, 5, dim, **options),
+        torch.randn(1, kv_heads, 5, dim, **options),
+    )
+
+
+def facts(**changes: Any) -> Facts:
+    return Facts(**{"device": "cuda", "dtype": torch.float16, "dim": 128, "rows": 1, "grad": False, **changes})
+
+
+def test_first_that_fits() -> None:
+    pytest.importorskip("triton")
+    assert choose("edited_attention", facts()).name == "triton"
+    assert choose("edited_attention", facts(device="cpu")).name == "grouped"
+    assert choose("edited_attention", facts(grad=True)).name == "grouped"
+    assert choose("edited_attention", facts(edits=2)).name == "grouped"
+    assert choose("edited_attention", facts(device="mps")).name == "grouped"
+    assert choose("segmented_attention", facts(dtype=torch.float64)).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device": "cpu"}, "device is cpu, Triton needs cuda"),
+        ({"dtype": torch.float64}, "dtype is torch.float64, allowed are float16, bfloat16 and float32"),
+        ({"dim": 320}, "head dimension is 320, allowed are 1 to 256"),
+        ({"segments": 6}, "6 segments, allowed are 5"),
+        ({"edits": 2}, "2 edits in one layer, allowed is 1"),
+        ({"rows": 300}, "300 query rows, allowed are 256"),
+        ({"grad": True}, "gradients are asked for"),
+    ],
+)
+def test_asking_for_triton_says_why_not(changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    with pytest.raises(RuntimeError, match=words):
+        choose("edited_attention", facts(**changes), "triton")
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "TRITON", False)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    assert choose("edited_attention", facts()).name == "grouped"
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        choose("edited_attention", facts(), "triton")
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend='cuda': edited_attention has triton, grouped, sdpa, reference"):
+        edited_attention(*qkv(), [EDIT], scale=1.0, backend="cuda")
+    with pytest.raises(RuntimeError, match="'sdpa' cannot run this edited_attention: softcap"):
+        edited_attention(*qkv(), [EDIT], scale=1.0, softcap=2.0, backend="sdpa")
+
+
+def test_a_decision_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    choose("edited_attention", facts(device="cpu"))
+    monkeypatch.setattr(dispatch, "BACKENDS", {})
+    assert choose("edited_attention", facts(device="cpu")).name == "grouped"
+
+
+@pytest.mark.parametrize("backend", ["grouped", "sdpa", "reference"])
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_backends_agree(backend: str, kind: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    other = Edit(one_hot_segments(torch.randint(3, (2, 9)), 3), lambda mass: 0.5 + mass)
+    edits = [Edit(one_hot_segments(torch.randint(2, (2, 9)), 2), lambda mass: 1 + 2 * mass), other]
+    mask = None
+    if kind != "none":
+        mask = torch.rand(2, 1, 3, 11) > 0.3
+        mask[0, 0, 1] = False
+        if kind == "additive":
+            mask = torch.randn(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    for count in (1, 2):
+        wanted = edited_attention(query, key, value, edits[:count], mask=mask, scale=0.3, backend="reference")
+        got = edited_attention(query, key, value, edits[:count], mask=mask, scale=0.3, backend=backend)
+        assert torch.allclose(got, wanted, atol=2e-6)
+        if kind != "none":
+            assert not got[0, :, 1].any()
+
+
+@pytest.mark.parametrize("backend", ["grouped", "sdpa", "reference"])
+def test_gradients(backend: str) -> None:
+    torch.manual_seed(0)
+    leaves = [t.requires_grad_() for t in qkv()]
+
+    def run(*tensors: Tensor) -> Tensor:
+        return edited_attention(*tensors, [EDIT], scale=0.5, backend=backend)
+
+    wanted = torch.autograd.grad(edited_attention(*leaves, [EDIT], scale=0.5, backend="reference").sum(), leaves)
+    got = torch.autograd.grad(run(*leaves).sum(), leaves)
+    for one, two in zip(got, wanted, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+        assert one.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"query": torch.randn(1, 5, 1, 8)}, "5 heads, which is no multiple of the 2 heads"),
+        ({"query": torch.randn(4, 1, 8)}, r"query must have 4 dimensions .* got \[4, 1, 8\]"),
+        ({"key": torch.randn(1, 2, 5, 9)}, r"key \[1, 2, 5, 9\] does not fit query"),
+        ({"value": torch.randn(1, 2, 6, 8)}, r"value \[1, 2, 6, 8\] must have key's shape"),
+        ({"key": torch.randn(1, 2, 5, 8).half()}, "key is torch.float16 on cpu, query torch.float32"),
+        ({"segments": torch.ones(1, 4, 2)}, r"segments \[1, 4, 2\] must be \[1 or 1, 5, N\]"),
+        ({"segments": torch.ones(1, 5, 2).int()}, "segments are torch.int32"),
+        ({"mask": torch.ones(1, 1, 5) > 0}, r"mask \[1, 1, 5\] must be"),
+        ({"mask": torch.ones(1, 1, 1, 4) > 0}, r"mask \[1, 1, 1, 4\] must be \[1 or 1, 4 or 1, 1 or 1, 5 or more\]"),
+        ({"mask": torch.ones(1, 1, 1, 5).int()}, "mask is torch.int32: allowed are bool"),
+    ],
+)
+def test_wrong_tensors(change: dict[str, Any], words: str) -> None:
+    query, key, value = qkv()
+    given = {"query": query, "key": key, "value": value, "segments": torch.ones(1, 5, 2), "mask": None, **change}
+    with pytest.raises(ValueError, match=words):
+        segmented_attention(**given, scale=1.0)
+
+
+def test_wrong_tensors_to_combine() -> None:
+    lse, out = torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3, 8)
+    with pytest.raises(ValueError, match=r"log_weight \[4\] must broadcast"):
+        combine(lse, out, torch.zeros(4))
+    with pytest.raises(ValueError, match=r"head_scale \[3\] must have one entry for each of 2 heads"):
+        combine(lse, out, lse, torch.ones(3))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    query, key, value = qkv()
+    compiled = torch.compile(
+        lambda *tensors: edited_attention(*tensors, [EDIT], scale=0.5), fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        assert torch.allclose(compiled(query, key, value), edited_attention(query, key, value, [EDIT], scale=0.5))
+
+
+def test_triton_operations_compile_without_a_graph_break() -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query, key, value = (t.to(device) for t in qkv())
+    edit = Edit(EDIT.segments.to(device), EDIT.policy)
+    compiled = torch.compile(
+        lambda *tensors: edited_attention(*tensors, [edit], scale=0.5, backend="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with torch.no_grad():
+        wanted = edited_attention(query, key, value, [edit], scale=0.5, backend="grouped")
+        assert torch.allclose(compiled(query, key, value), wanted, atol=2e-6)
+
+
+def test_registered_operations() -> None:
+    """Schemas and fake implementations say what the operations do."""
+    pytest.importorskip("triton")
+    from vlm_attn.kernels import ops
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query, key, value = (t.to(device) for t in qkv())
+    segments = EDIT.segments.to(device)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.partials, (query, key, value, segments, None, 0.5, None), test_utils=checks)
+    lse, out = ops.partials(query, key, value, segments, None, 0.5, None)
+    torch.library.opcheck(ops.masses, (lse,), test_utils=checks)
+    arguments = (lse, out, torch.ones(4, 2, device=device), None, 1, 4, torch.float32)
+    torch.library.opcheck(ops.combine, arguments, test_utils=checks)
