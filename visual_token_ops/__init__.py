@@ -3,7 +3,23 @@
 from vlm_attn.visual_token_ops.divprune import DivPrune
 from vlm_attn.visual_token_ops.downsample import Downsample
 from vlm_attn.visual_token_ops.fastv import FastV
+from vlm_attn.visual_token_ops.holov import HoloV
+from vlm_attn.visual_token_ops.prumerge import PruMerge
+from vlm_attn.visual_token_ops.pyramid_drop import PyramidDrop
 from vlm_attn.visual_token_ops.random import Random
+from vlm_attn.visual_token_ops.sparsevlm import SparseVLM
+from vlm_attn.visual_token_ops.visionzip import VisionZip
 from vlm_attn.visual_token_ops.vtw import VTW
 
-__all__ = ["VTW", "DivPrune", "Downsample", "FastV", "Random"]
+__all__ = [
+    "VTW",
+    "DivPrune",
+    "Downsample",
+    "FastV",
+    "HoloV",
+    "PruMerge",
+    "PyramidDrop",
+    "Random",
+    "SparseVLM",
+    "VisionZip",
+]

@@ -34,9 +34,9 @@ class FastV(Reducer):
         check_range(self, "layer", 1, 10_000)
 
     @property
-    def stages(self) -> tuple[tuple[int, Keep], ...]:
+    def stages(self) -> tuple[int, ...]:
         """Once, before layer K."""
-        return ((self.layer, self.keep),)
+        return (self.layer,)
 
     @property
     def read_layers(self) -> tuple[int, ...]:

@@ -32,6 +32,6 @@ class VTW(Reducer):
         check_range(self, "layer", 1, 10_000)
 
     @property
-    def stages(self) -> tuple[tuple[int, Keep], ...]:
+    def stages(self) -> tuple[int, ...]:
         """Once, before layer K."""
-        return ((self.layer, self.keep),)
+        return (self.layer,)

@@ -150,6 +150,10 @@ def _take(query: Tensor, rows: Tensor) -> Tensor:
 
 def _causal(call: Call, key: Tensor, rows: Tensor) -> Tensor:
     """``[B or 1, 1, R, S]``: what "no mask" means for rows counted from this forward's first."""
+    if call.reduction is not None and call.reduction.drop and call.mode == "prompt":
+        return (torch.arange(key.shape[2], device=key.device) <= rows[..., None] + call.reduction.held(key.shape[2]))[
+            :, None
+        ]
     total = call.past + call.length
     offset = max(0, int(total) - key.shape[2]) if not isinstance(total, Tensor) else (total - key.shape[2]).clamp_min(0)
     columns = torch.arange(key.shape[2], device=key.device) + offset

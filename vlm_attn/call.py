@@ -77,7 +77,8 @@ class Call:
         """The prompt has run: let go of what only reading it needed. A cache keeps the call for as long as it lives."""
         self.done = True
         self.earlier = None
-        self.seen.clear()
+        if self.cached_prompt:  # else the prompt runs again, without the tower
+            self.seen.clear()
         self._rows.clear()
 
     def restart(self) -> None:

@@ -652,24 +652,40 @@ def _bench(context: typer.Context) -> None:
     _help_without_command(context)
 
 
-@bench_app.command(
-    "overhead",
-    add_help_option=False,  # the benchmark shows its own
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+def _benchmark(name: str, arguments: list[str]) -> None:
+    try:
+        benchmark = _evals(f"bench.{name}")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("vlm_attn.evals.bench"):
+            raise
+        raise NotImplementedError(f"this installation has no benchmark {name!r}") from error
+    sys.argv = [f"vlm-attn bench {name}", *arguments]
+    raise typer.Exit(benchmark.main() or 0)
+
+
+# Each benchmark has its own options and shows its own help.
+_OWN_OPTIONS: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+
+
+@bench_app.command("overhead", **_OWN_OPTIONS)
 def bench_overhead(context: typer.Context) -> None:
     """What an edit costs: patched models against the plain one, in one run.
 
     Example: [b]vlm-attn bench overhead --help[/b]
     """
-    try:
-        benchmark = _evals("bench.overhead")
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("vlm_attn.evals.bench"):
-            raise
-        raise NotImplementedError("this installation has no benchmark 'overhead'") from error
-    sys.argv = ["vlm-attn bench overhead", *context.args]
-    raise typer.Exit(benchmark.main() or 0)
+    _benchmark("overhead", context.args)
+
+
+@bench_app.command("tokens", **_OWN_OPTIONS)
+def bench_tokens(context: typer.Context) -> None:
+    """What keeping fewer visual tokens buys: reducers against the plain model, in one run.
+
+    Example: [b]vlm-attn bench tokens --help[/b]
+    """
+    _benchmark("tokens", context.args)
 
 
 @app.command()

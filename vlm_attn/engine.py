@@ -404,6 +404,7 @@ class Engine:
         if call is None or pending is None:
             return None
         cache = getattr(output, "past_key_values", None)
+        call.cached_prompt = cache is not None and not pending.get("drop_cache")
         if pending["done"]:
             if call.reduction is not None:
                 self.kept = call.reduction.report(call.prompt.images)
@@ -415,7 +416,6 @@ class Engine:
                 for edit in self.edits(call, layer):
                     if cache is not None:
                         edit.over(sum(host.key_window(cache, 1, layer)))
-        call.cached_prompt = cache is not None and not pending.get("drop_cache")
         if cache is not None:
             setattr(cache, CACHE_NOTE, call)
         body = pending.get("body")

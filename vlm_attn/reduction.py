@@ -43,9 +43,11 @@ class Picture:
         grid: ``(h, w)`` of the tokens that form a picture.
         first: index of the first of those.
         number: the image's number in the call.
+        stage: which of the method's stages this is.
+        memory: where the method keeps what it wants to know of this image at a later stage.
         text: ``[T, D]`` the layer's input at the text that follows the row's first image.
-        rows: ``[H, R, n]`` attention of the rows the method reads, None if it reads none.
-        cls: ``[n]`` attention the vision tower's CLS token pays, summed over heads; None if the method asks for none.
+        rows: ``[H, R, n]`` attention of the rows the method reads, None if it reads none here.
+        cls: ``[n]`` attention the vision tower's CLS token pays, mean of the heads; None if the method asks for none.
         keys: ``[n, d]`` the vision tower's keys, mean of the heads; None like ``cls``.
     """
 
@@ -56,6 +58,8 @@ class Picture:
     grid: tuple[int, int]
     first: int = 0
     number: int = 0
+    stage: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
     text: Tensor | None = None
     rows: Tensor | None = None
     cls: Tensor | None = None
@@ -95,13 +99,17 @@ class Reducer(Method):
         return isinstance(self.keep, float) and self.keep == 1
 
     @property
-    def stages(self) -> tuple[tuple[int, Keep], ...]:
-        """``(layer, keep)``: before which layers how much of an image is left; layer 0 is before the language model."""
-        return ((0, self.keep),)
+    def stages(self) -> tuple[int, ...]:
+        """The layers before which it takes tokens away, ascending; 0 is before the language model."""
+        return (0,)
+
+    def left(self, stage: int, total: int) -> int:
+        """How many of an image's ``total`` tokens a stage leaves."""
+        return kept_count(self.keep, total)
 
     def bind(self, facts: ModelFacts) -> Method:
         """Check the layers against the model."""
-        for layer, _ in self.stages:
+        for layer in self.stages:
             if not 0 <= layer < facts.layers:
                 raise ValueError(
                     f"{self.name}: reduces before layer {layer}, but {facts.model_type} has {facts.layers} decoder "
@@ -117,12 +125,11 @@ class Reducer(Method):
         """
         for number, image in enumerate(call.prompt.images):
             total = image.stop - image.start
-            for _, keep in self.stages:
-                if isinstance(keep, int) and keep > total:
-                    raise ValueError(
-                        f"{self.name}: keep={keep} is more than the {total} tokens of image {number} (row {image.row}): "
-                        f"give a count of 1..{total} or a ratio in (0, 1]"
-                    )
+            if isinstance(self.keep, int) and self.keep > total:
+                raise ValueError(
+                    f"{self.name}: keep={self.keep} is more than the {total} tokens of image {number} (row {image.row}): "
+                    f"give a count of 1..{total} or a ratio in (0, 1]"
+                )
         if call.prompt.visual[:, -1].any():
             raise ValueError(
                 f"{self.name}: the prompt ends in an image token, which cannot be taken away: put text after the image"
@@ -257,12 +264,14 @@ class Reduction:
     Attributes:
         drop: whether tokens are dropped; else masked.
         rows: ``[B, q]`` which rows of the prompt's forward are still there at the layer that runs; None = all.
+        length: rows of the prompt's forward.
         visible: ``[B, P]`` columns of the prompt that are kept so far.
         layers: per layer, what its keys are.
         stages: per image, what each stage left.
     """
 
     drop: bool
+    length: int
     visible: Tensor
     rows: Tensor | None = None
     layers: dict[int, Kept] = field(default_factory=dict)
@@ -298,6 +307,10 @@ class Reduction:
         if self.rows is not None:
             place = torch.searchsorted(self.rows, place).clamp_max(self.rows.shape[1] - 1)
         return place, valid
+
+    def held(self, keys: int) -> int:
+        """How many of a layer's keys come from earlier turns while the prompt runs."""
+        return keys - (self.length if self.rows is None else self.rows.shape[1])
 
     def spread_keys(self, layer: int, attention: Tensor) -> Tensor:
         """``[B, H, R, n]`` over the keys that are there to ``[B, H, R, columns]``."""
@@ -362,7 +375,7 @@ def _begin(engine: Engine, call: Call, cache: Any, batch: int) -> Reduction:
                 stacklevel=2,
             )
     visible = torch.ones(batch, call.prompt.length, dtype=torch.bool, device=call.prompt.group.device)
-    return Reduction(drop, visible)
+    return Reduction(drop, call.length, visible)
 
 
 def _layer_keys(call: Call, state: Reduction, layer: int) -> Kept:
@@ -393,22 +406,20 @@ def _reduce(
 ) -> Tensor:
     """Let every reducer with a stage here choose; returns the hidden states that are left."""
     for method in call.methods:
-        for at, keep in method.stages if isinstance(method, Reducer) else ():
+        for stage, at in enumerate(method.stages) if isinstance(method, Reducer) else ():
             if at != layer or not call.prompt.images:
                 continue
             assert isinstance(method, Reducer)
             if method.reads_ahead:
                 _look_ahead(engine, call, state, module, method, layer, hidden, kwargs)
             rows = call.rows(method).get(layer if method.reads_ahead else layer - 1)
-            hidden = _choose(call, state, method, layer, keep, hidden, rows)
+            hidden = _choose(call, state, method, stage, hidden, rows)
             if state.drop:
                 hidden = _gather(call, state, hidden)
     return hidden
 
 
-def _choose(
-    call: Call, state: Reduction, method: Reducer, layer: int, keep: Keep, hidden: Tensor, rows: Tensor | None
-) -> Tensor:
+def _choose(call: Call, state: Reduction, method: Reducer, stage: int, hidden: Tensor, rows: Tensor | None) -> Tensor:
     """One reducer, image by image. Marks what goes in ``state.visible``; returns the hidden states, merged ones in place."""
     times = len(hidden) // call.prompt.batch  # beams are alike while the prompt runs
     state.visible = state.visible.clone()  # layers below keep theirs
@@ -426,7 +437,9 @@ def _choose(
             tokens=hidden[row, index],
             places=places,
             total=image.stop - image.start,
-            count=min(kept_count(keep, image.stop - image.start), len(columns)),
+            count=min(method.left(stage, image.stop - image.start), len(columns)),
+            stage=stage,
+            memory=call.memory(method).setdefault(number, {}),
             grid=image.grid,
             first=image.first,
             number=number,
@@ -436,6 +449,8 @@ def _choose(
             keys=seen[1][places] if seen else None,
         )
         chosen = method.choose(picture) if picture.count else columns[:0]
+        if len(chosen) == len(columns):
+            continue
         merged = method.merge(picture, chosen)
         if merged is not None:
             hidden = hidden.clone()
@@ -443,7 +458,7 @@ def _choose(
         gone = torch.ones_like(columns, dtype=torch.bool)
         gone[chosen] = False
         state.visible[row : row + times, columns[gone]] = False
-        state.stages.setdefault(number, []).append((layer, places[chosen].cpu()))
+        state.stages.setdefault(number, []).append((method.stages[stage], places[chosen].cpu()))
     return hidden
 
 
@@ -500,7 +515,7 @@ def _short_mask(
     if kept.full and not kept.dropped and (call.mode != "prompt" or state.rows is None):
         return mask
     alone = len(call.methods) == sum(isinstance(m, Reducer) for m in call.methods)
-    if mask is None and kept.full and (alone or hidden.shape[1] == 1):
+    if mask is None and kept.full and (call.mode == "prompt" or alone or hidden.shape[1] == 1):
         return None  # "causal", which leaving columns out does not change
     total = int(call.past) + call.length
     keys = kept.keys(total)
@@ -589,10 +604,10 @@ def cls_attention(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         hidden: ``[N, 1 + T, D]`` its input, CLS first.
 
     Returns:
-        ``[N, T]`` attention of CLS to the patches, summed over heads, and ``[N, T, d]`` keys, mean of the heads.
+        ``[N, T]`` attention of CLS to the patches, mean of the heads, and ``[N, T, d]`` keys, mean of the heads.
     """
     split = (len(hidden), -1, module.num_heads, module.head_dim)
     query = module.q_proj(hidden[:, :1]).view(split).transpose(1, 2)
     key = module.k_proj(hidden).view(split).transpose(1, 2)
     attention = torch.softmax((query @ key.transpose(2, 3)).float() * module.scale, -1)
-    return attention[:, :, 0, 1:].sum(1), key[:, :, 1:].float().mean(1)
+    return attention[:, :, 0, 1:].mean(1), key[:, :, 1:].float().mean(1)

@@ -18,11 +18,16 @@ METHODS = {
     "downsample": "vlm_attn.visual_token_ops.downsample:Downsample",
     "fastv": "vlm_attn.visual_token_ops.fastv:FastV",
     "gift": "vlm_attn.hallucination.gift:Gift",
+    "holov": "vlm_attn.visual_token_ops.holov:HoloV",
     "mma": "vlm_attn.hallucination.masks:Mma",
     "prefix_lm": "vlm_attn.hallucination.masks:PrefixLm",
+    "prumerge": "vlm_attn.visual_token_ops.prumerge:PruMerge",
+    "pyramid_drop": "vlm_attn.visual_token_ops.pyramid_drop:PyramidDrop",
     "random": "vlm_attn.visual_token_ops.random:Random",
+    "sparsevlm": "vlm_attn.visual_token_ops.sparsevlm:SparseVLM",
     "var": "vlm_attn.hallucination.var:Var",
     "vision_block": "vlm_attn.hallucination.masks:VisionBlock",
+    "visionzip": "vlm_attn.visual_token_ops.visionzip:VisionZip",
     "vtw": "vlm_attn.visual_token_ops.vtw:VTW",
 }
 

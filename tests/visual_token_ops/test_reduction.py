@@ -19,7 +19,18 @@ from tests.helpers import ACTIVE, Inputs, alone, close, differ, generate, logits
 from vlm_attn.hallucination import Gift, Var
 from vlm_attn.patching import engine_of
 from vlm_attn.reduction import Reducer
-from vlm_attn.visual_token_ops import VTW, DivPrune, Downsample, FastV, Random
+from vlm_attn.visual_token_ops import (
+    VTW,
+    DivPrune,
+    Downsample,
+    FastV,
+    HoloV,
+    PruMerge,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    VisionZip,
+)
 
 SEED = 1
 IMAGES = (1, 2, 3)
@@ -29,6 +40,11 @@ REDUCERS: dict[str, Callable[..., Reducer]] = {
     "downsample": Downsample,
     "divprune": lambda **o: DivPrune(**{"keep": 0.5, **o}),
     "fastv": lambda **o: FastV(**{"layer": 2, **o}),
+    "pyramid_drop": lambda **o: PyramidDrop(**{"layers": (1, 2, 3), "keep": 0.3, **o}),
+    "sparsevlm": lambda **o: SparseVLM(**{"layers": (0, 1), "keep": 0.4, "recycle": 0.5, **o}),
+    "visionzip": lambda **o: VisionZip(**{"keep": 0.5, "contextual": 0.3, **o}),
+    "prumerge": lambda **o: PruMerge(**{"keep": 0.4, **o}),
+    "holov": lambda **o: HoloV(**{"keep": 0.5, "chunks": 3, **o}),
     "vtw": lambda **o: VTW(**{"layer": 2, **o}),
 }
 
@@ -49,10 +65,21 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+# Everything about deciding is shared, so a family is tried with every reducer once, and in every way of decoding with three.
+PAIRS = [("llava", name) for name in REDUCERS]
+PAIRS += [
+    (family, name) for family in tiny.FAMILIES if family != "llava" for name in ("downsample", "fastv", "sparsevlm")
+]
+some = pytest.mark.parametrize(("family", "name"), PAIRS, indirect=True, ids=map("-".join, PAIRS))
+
+
 def reducer(name: str, family: tiny.Built | None = None, **options: Any) -> Reducer:
     if name == "downsample" and family is not None and family[0].config.model_type == "llava_next":
         pytest.skip("tiles and newline tokens form no single grid")
-    return REDUCERS[name](**options)
+    method = REDUCERS[name](**options)
+    if method.needs_cls and family is not None and family[0].config.model_type != "llava":
+        pytest.skip("no CLS token to read")
+    return method
 
 
 def run(family: tiny.Built, methods: Any, x: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
@@ -67,7 +94,7 @@ class TestExact:
         model, inputs = family
         x = inputs(PROMPTS, seed=SEED)
         plain, plain_run = logits(model, x), generate(model, x)
-        with vlm_attn.patched(model, reducer(name, keep=1.0)):
+        with vlm_attn.patched(model, reducer(name, family, keep=1.0)):
             assert torch.equal(logits(model, x), plain)
             got = generate(model, x)
         assert torch.equal(got[0], plain_run[0])
@@ -155,6 +182,7 @@ class TestExact:
 
 
 class TestDecoding:
+    @some
     def test_batch_is_rows_alone(self, family: tiny.Built, name: str) -> None:
         model, inputs = family
         x = inputs(PROMPTS, seed=SEED)
@@ -165,11 +193,13 @@ class TestDecoding:
             for row in range(len(PROMPTS)):
                 same(generate(model, alone(x, row, IMAGES)), (tokens[row : row + 1], scores[:, row : row + 1]))
 
+    @some
     def test_without_cache(self, family: tiny.Built, name: str) -> None:
         x = family[1](PROMPTS, seed=SEED)
         method = reducer(name, family)
         same(run(family, method, x, use_cache=False), run(family, method, x))
 
+    @some
     @pytest.mark.filterwarnings("ignore:StaticCache")
     def test_static_cache(self, family: tiny.Built, name: str) -> None:
         model, inputs = family
@@ -180,6 +210,7 @@ class TestDecoding:
         one = inputs([PROMPTS[0]], seed=SEED)
         same(run(family, method, one, cache_implementation="static"), run(family, method, one))
 
+    @some
     def test_beams(self, family: tiny.Built, name: str) -> None:
         model, inputs = family
         x = inputs(PROMPTS[:2], seed=SEED)
@@ -196,6 +227,7 @@ class TestDecoding:
         close(one.sequences_scores, other.sequences_scores)
         assert len({tuple(row) for row in one.sequences.tolist()}) > 2
 
+    @some
     @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": None}])
     def test_guesses(self, family: tiny.Built, name: str, options: dict[str, Any]) -> None:
         model, inputs = family
@@ -208,6 +240,7 @@ class TestDecoding:
         method = reducer(name, family)
         same(run(family, method, x, new=10, **options), run(family, method, x, new=10))
 
+    @some
     def test_loop_by_hand_and_second_turn(self, family: tiny.Built, name: str) -> None:
         """Two turns on one cache are one prompt, as far as the tokens of the first turn were kept by the same choice."""
         model, inputs = family
@@ -234,6 +267,7 @@ class TestDecoding:
                 )
         same(*found)
 
+    @some
     def test_sampling_repeats(self, family: tiny.Built, name: str) -> None:
         x = family[1](PROMPTS[:2], seed=SEED)
         method = reducer(name, family)
@@ -244,6 +278,7 @@ class TestDecoding:
         assert torch.equal(found[0][0], found[1][0])
         assert len({tuple(row) for row in found[0][0].tolist()}) > 2
 
+    @some
     def test_bfloat16(self, family: tiny.Built, name: str) -> None:
         model = copy.deepcopy(family[0]).to(torch.bfloat16)
         x = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in family[1](PROMPTS, seed=SEED).items()}
@@ -251,6 +286,7 @@ class TestDecoding:
         with vlm_attn.patched(model, reducer(name, family)):
             assert generate(model, x)[1].isfinite().all()
 
+    @some
     def test_eager(self, family: tiny.Built, name: str) -> None:
         model = copy.deepcopy(family[0])
         x = family[1](PROMPTS, seed=SEED)
@@ -262,6 +298,7 @@ class TestDecoding:
     @pytest.mark.parametrize("window", [5, 8, 20])
     def test_short_sliding_windows(self, name: str, window: int) -> None:
         family = tiny.gemma3(sliding_window=window)
+        reducer(name, family)
         x = family[1](PROMPTS, seed=SEED)
         wanted = run(family, reducer(name, mode="mask"), x, new=12)
         same(run(family, reducer(name), x, new=12), wanted)
@@ -286,6 +323,7 @@ class TestDecoding:
 
 
 class TestBesideOthers:
+    @some
     @pytest.mark.parametrize("other", ["gift", "var", "gift+var"])
     def test_edits(self, family: tiny.Built, name: str, other: str) -> None:
         """Edited rows see the kept columns only: dropped equals masked, cached equals uncached, in either order."""

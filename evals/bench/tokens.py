@@ -1,0 +1,282 @@
+"""What keeping fewer visual tokens buys: every reducer against the plain model, paired in one run.
+
+The model is a LLaVA with random weights (see ``overhead``): speed does not depend on the weights. Beside each time stands the
+ratio of floating-point operations, counted from the tokens that were really kept in every layer, so that a speed-up that
+is not real shows. Every repetition runs all variants in a shuffled order; a ratio is taken within its repetition.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import vlm_attn
+from vlm_attn import reduction, visual_token_ops
+from vlm_attn.evals.bench.flops import prefill_flops
+from vlm_attn.evals.bench.overhead import _Clock, _summary, build_model
+
+REDUCERS = ("random", "downsample", "divprune", "visionzip", "prumerge", "holov", "fastv", "pyramid_drop", "sparsevlm")
+
+
+def reducer(name: str, keep: float, layers: int) -> Any:
+    """A reducer as it is measured. Layers scale with those of LLaVA-1.5-7B, which has 32."""
+
+    def scaled(*of_32: int) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(max(1, round(layer * layers / 32)) for layer in of_32))
+
+    match name:
+        case "fastv":
+            return visual_token_ops.FastV(layer=scaled(3)[0], keep=keep)
+        case "pyramid_drop":
+            return visual_token_ops.PyramidDrop(layers=scaled(8, 16, 24), keep=keep)
+        case "sparsevlm":
+            return visual_token_ops.SparseVLM(layers=scaled(2, 6, 15), keep=keep)
+        case "vtw":
+            return visual_token_ops.VTW(layer=scaled(15)[0])
+    return vlm_attn.methods()[name].cls(keep=keep)  # type: ignore[call-arg]
+
+
+def columns_per_layer(model: Any, columns: int, layers: int) -> list[int]:
+    """How many prompt columns every layer ran on, from what the model says it kept."""
+    found = []
+    for layer in range(layers):
+        gone = 0
+        for image in vlm_attn.kept(model):
+            left = [len(index) for at, index in image.stages if at <= layer]
+            gone += image.total - (left[-1] if left else image.total)
+        found.append(columns - gone)
+    return found
+
+
+def time_once(model: Any, inputs: dict[str, Any], method: Any, tokens: int) -> dict[str, Any]:
+    """One generation.
+
+    Returns:
+        Seconds: ``first`` token from the call on, ``prefill`` without the vision tower, ``decode`` per token (median),
+        ``select`` in choosing and gathering. ``cache``: bytes of keys and values. ``peak``: bytes on a GPU, else 0.
+        ``columns``: per layer.
+    """
+    cuda = inputs["input_ids"].is_cuda
+    clock = _Clock(torch.cuda.synchronize if cuda else lambda: None)
+    spent = 0.0
+    original = reduction._reduce
+
+    def timed(*args: Any) -> Any:
+        nonlocal spent
+        clock.synchronize()
+        start = time.perf_counter()
+        result = original(*args)
+        clock.synchronize()
+        spent += time.perf_counter() - start
+        return result
+
+    layers = model.config.text_config.num_hidden_layers
+    columns = [inputs["input_ids"].shape[1]] * layers
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    if method is not None:
+        vlm_attn.patch(model, method)
+        reduction._reduce = timed
+    try:
+        clock.synchronize()
+        start = time.perf_counter()
+        out = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            streamer=clock,
+            return_dict_in_generate=True,
+        )
+        if method is not None:
+            columns = columns_per_layer(model, columns[0], layers)
+    finally:
+        reduction._reduce = original
+        if method is not None:
+            vlm_attn.unpatch(model)
+    steps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    held = [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
+    return {
+        "first": clock.times[1] - start,
+        "prefill": steps[0],
+        "decode": statistics.median(steps[1:]),
+        "select": spent,
+        "cache": sum(part.numel() * part.element_size() for part in held),
+        "peak": torch.cuda.max_memory_allocated() if cuda else 0,
+        "columns": columns,
+    }
+
+
+def run(
+    *,
+    methods: list[str],
+    keeps: list[float],
+    layers: int,
+    hidden: int,
+    images: int,
+    text_tokens: int,
+    tokens: int,
+    repeats: int,
+    device: str,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Measure; see :func:`tokens` for the parameters.
+
+    Returns:
+        The result as it is written to JSON.
+    """
+    model = build_model(layers, hidden, device, getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(3, 31000, (1, text_tokens), generator=generator)
+    image = torch.full((1, 576 * images), 31999)
+    ids = torch.cat([text[:, : text_tokens // 2], image, text[:, text_tokens // 2 :]], 1).to(device)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(images, 3, 336, 336, generator=generator).to(
+            device=device, dtype=getattr(torch, dtype)
+        ),
+    }
+    compared: dict[str, Any] = {"plain": None}
+    for name in methods:
+        for keep in keeps if name != "vtw" else [0.0]:
+            compared[f"{name} {keep:g}"] = reducer(name, keep, layers)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
+    order = list(compared)
+    shuffle = random.Random(seed)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=(repeats + 1) * len(order))
+        for repeat in range(-1, repeats):  # the first round warms up
+            shuffle.shuffle(order)
+            for name in order:
+                measured = time_once(model, inputs, compared[name], tokens)
+                if repeat >= 0:
+                    runs[name].append(measured)
+                progress.advance(task)
+
+    def flops(name: str) -> int:
+        return prefill_flops(model.config, runs[name][0]["columns"], images)
+
+    results = {}
+    for name in compared:
+        if name == "plain":
+            continue
+        pairs = list(zip(runs[name], runs["plain"], strict=True))
+        results[name] = {
+            "flops": flops(name) / flops("plain"),
+            **{key: _summary([a[key] / b[key] for a, b in pairs]) for key in ("first", "prefill", "decode")},
+            "select": _summary([a["select"] / b["prefill"] for a, b in pairs]),
+            "cache": pairs[0][0]["cache"] / pairs[0][1]["cache"],
+            "peak": pairs[0][0]["peak"] / pairs[0][1]["peak"] if pairs[0][1]["peak"] else None,
+            "columns": runs[name][0]["columns"],
+        }
+    return {
+        "schema_version": 1,
+        "benchmark": "tokens",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": {
+            "layers": layers,
+            "hidden": hidden,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "visual_tokens": 576 * images,
+            "text_tokens": text_tokens,
+            "new_tokens": tokens,
+            "repeats": repeats,
+            "dtype": dtype,
+            "seed": seed,
+        },
+        "device": torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "vlm_attn": vlm_attn.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "ratios_to_plain": results,
+    }
+
+
+def tokens(
+    method: Annotated[
+        list[str] | None, typer.Option(help="A reducer; repeats.", show_default="all, and vtw, which takes everything")
+    ] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Share kept; repeats.", show_default="0.5 0.25 0.11")] = None,
+    layers: Annotated[int, typer.Option(help="Decoder layers.", min=4)] = 12,
+    hidden: Annotated[int, typer.Option(help="Hidden size, a multiple of 64.", min=64)] = 1536,
+    images: Annotated[int, typer.Option(help="Images of 576 tokens each; 5 make 2,880.", min=1)] = 1,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens around the image.", min=8)] = 30,
+    new_tokens: Annotated[int, typer.Option("--tokens", help="Tokens to decode per run.", min=3)] = 16,
+    repeats: Annotated[int, typer.Option(help="Paired repetitions.", min=1)] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of inputs and order.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")
+    ] = None,
+) -> None:
+    """What keeping fewer visual tokens buys, against the plain model, paired in one run.
+
+    Example: vlm-attn bench tokens --method fastv --method divprune --keep 0.25 --json tokens.json
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = (*REDUCERS, "vtw")
+    wrong = [name for name in method or [] if name not in known]
+    if wrong:
+        raise typer.BadParameter(f"{wrong[0]!r} is no reducer: known are {', '.join(known)}")
+    result = run(
+        methods=method or list(known),
+        keeps=keep or [0.5, 0.25, 0.11],
+        layers=layers,
+        hidden=hidden,
+        images=images,
+        text_tokens=text_tokens,
+        tokens=new_tokens,
+        repeats=repeats,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    config = result["config"]
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("", "FLOPs", "prefill", "first token", "decode", "choosing", "cache", "peak"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for name, found in result["ratios_to_plain"].items():
+        cells = [f"{found[k]['median']:.3f} [{found[k]['p20']:.2f}, {found[k]['p80']:.2f}]" for k in ("prefill",)]
+        cells += [f"{found[k]['median']:.3f}" for k in ("first", "decode")]
+        cells += [f"{found['select']['median']:.1%}", f"{found['cache']:.3f}"]
+        table.add_row(name, f"{found['flops']:.3f}", *cells, f"{found['peak']:.3f}" if found["peak"] else "-")
+    console = Console(width=max(Console().width, 120))
+    console.print(
+        f"random-weight LLaVA, {config['parameters'] / 1e6:.0f} M parameters, {config['visual_tokens']} visual + "
+        f"{text_tokens} text tokens, {new_tokens} new tokens, {dtype} on {result['device']}, {result['threads']} threads; "
+        f"ratios to the plain model, median [p20, p80] of {repeats} paired runs; choosing: its share of a plain prefill"
+    )
+    console.print(table)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Entry of ``vlm-attn bench tokens``."""
+    typer.run(tokens)
+    return 0

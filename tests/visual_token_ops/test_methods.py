@@ -1,0 +1,322 @@
+"""The choice of every reducer on small hand-made arrays; every constant, when changed, changes something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.helpers import Inputs, close
+from vlm_attn.reduction import Picture, cls_attention, highest, kept_count
+from vlm_attn.visual_token_ops import (
+    VTW,
+    DivPrune,
+    Downsample,
+    FastV,
+    HoloV,
+    PruMerge,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    VisionZip,
+)
+from vlm_attn.visual_token_ops.divprune import cosine_distance, farthest
+from vlm_attn.visual_token_ops.downsample import centres, smaller
+from vlm_attn.visual_token_ops.holov import quota
+from vlm_attn.visual_token_ops.sparsevlm import density_peaks, raters
+
+
+def picture(n: int = 16, count: int = 4, seed: int = 0, **given: Any) -> Picture:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    side = int(n**0.5)
+    defaults: dict[str, Any] = {
+        "tokens": draw(n, 8),
+        "places": torch.arange(n),
+        "total": n,
+        "count": count,
+        "grid": (side, side) if side * side == n else (1, n),
+        "text": draw(5, 8),
+        "rows": draw(2, 5, n).softmax(-1),
+        "cls": draw(n).softmax(-1),
+        "keys": draw(n, 4),
+    }
+    return Picture(**{**defaults, **given})
+
+
+class TestCounts:
+    @pytest.mark.parametrize(
+        ("keep", "total", "count"),
+        [
+            (0.5, 576, 288),
+            (0.11, 576, 63),
+            (1 / 3, 576, 192),
+            (1.0, 9, 9),
+            (0.001, 9, 1),
+            (4, 9, 4),
+            (0.0, 9, 0),
+            (0.5, 5, 3),
+        ],
+    )
+    def test_kept_count(self, keep: float, total: int, count: int) -> None:
+        assert kept_count(keep, total) == count
+
+    def test_highest_takes_the_earlier_of_equals(self) -> None:
+        assert highest(torch.tensor([1.0, 3.0, 3.0, 3.0, 2.0]), 2).tolist() == [1, 2]
+
+    @pytest.mark.parametrize(("keep", "left"), [(0.125, [288, 144, 72]), (72, [288, 144, 72]), (1 / 27, [192, 64, 21])])
+    def test_pyramid(self, keep: float, left: list[int]) -> None:
+        method = PyramidDrop(keep=keep)
+        assert [method.left(stage, 576) for stage in range(3)] == left
+        assert method.stages == (8, 16, 24)
+
+    @pytest.mark.parametrize(
+        ("keep", "left"),
+        [(192, [300, 200, 110]), (128, [303, 110, 36]), (96, [238, 48, 26]), (64, [66, 30, 17]), (32, [33, 15, 9])],
+    )
+    def test_sparsevlm(self, keep: int, left: list[int]) -> None:
+        method = SparseVLM(keep=keep)
+        assert method.left(0, 576) == 576
+        assert [method.left(stage, 576) for stage in (1, 2, 3)] == left
+        assert method.stages == (0, 3, 7, 16)
+        assert method.read_layers == (2, 6, 15)
+
+
+class TestBeforeTheModel:
+    def test_random(self) -> None:
+        first = Random().choose(picture())
+        assert first.tolist() == Random().choose(picture(seed=1)).tolist()
+        assert first.tolist() != Random(seed=1).choose(picture()).tolist()
+        assert first.tolist() != Random().choose(picture(number=1)).tolist()
+        counts = torch.zeros(16)
+        for seed in range(400):
+            counts[Random(seed=seed).choose(picture())] += 1
+        assert (counts / 400 - 0.25).abs().max() < 0.1
+
+    def test_downsample_is_the_mean_of_every_cell(self) -> None:
+        p = picture(count=4)
+        p.tokens = torch.arange(16.0)[:, None].expand(-1, 8)
+        method = Downsample()
+        chosen = method.choose(p)
+        assert chosen.tolist() == [5, 7, 13, 15]
+        merged = method.merge(p, chosen)
+        assert merged[:, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
+
+    def test_downsample_with_all(self) -> None:
+        p = picture(count=16)
+        chosen = Downsample().choose(p)
+        assert chosen.tolist() == list(range(16))
+        assert torch.equal(Downsample().merge(p, chosen), p.tokens)
+
+    @pytest.mark.parametrize(
+        ("grid", "count", "found"),
+        [
+            ((24, 24), 144, (12, 12)),
+            ((24, 24), 64, (8, 8)),
+            ((10, 20), 50, (5, 10)),
+            ((2, 3), 3, (1, 3)),
+            ((3, 2), 1, (1, 1)),
+        ],
+    )
+    def test_smaller_grid(self, grid: tuple[int, int], count: int, found: tuple[int, int]) -> None:
+        assert smaller(grid, count) == found
+        for size, cells in zip(grid, found, strict=True):
+            assert len(set(centres(size, cells).tolist())) == cells
+
+    def test_divprune_by_hand(self) -> None:
+        """Points on a line: the one farthest from its neighbour comes first, then the far end, then the middle."""
+        at = torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0, 4.5])
+        distance = (at[:, None] - at).abs()
+        assert farthest(distance, 1).tolist() == [4]
+        assert farthest(distance, 2).tolist() == [0, 4]
+        assert farthest(distance, 3).tolist() == [0, 4, 5]
+        assert farthest(distance, 6).tolist() == list(range(6))
+
+    def test_divprune_is_greedy_max_min(self) -> None:
+        p = picture(n=9, count=4)
+        distance = cosine_distance(p.tokens)
+        chosen = [max(range(9), key=lambda i: min(float(distance[i, j]) for j in range(9) if j != i))]
+        while len(chosen) < 4:
+            rest = [i for i in range(9) if i not in chosen]
+            chosen.append(max(rest, key=lambda i: min(float(distance[i, j]) for j in chosen)))
+        assert DivPrune().choose(p).tolist() == sorted(chosen)
+        assert kept_count(DivPrune().keep, 576) == 56
+
+    def test_divprune_never_repeats(self) -> None:
+        same = picture(tokens=torch.ones(16, 8))
+        assert len(set(DivPrune().choose(same).tolist())) == 4
+
+    def test_visionzip_by_hand(self) -> None:
+        cls = torch.tensor([0.9, 0.0, 0.1, 0.8, 0.0, 0.0])
+        keys = torch.tensor([[1.0, 0], [1, 0], [1, 0.1], [0, 1], [0, 1], [0.1, 1]])
+        tokens = torch.eye(6)
+        p = picture(n=6, count=4, cls=cls, keys=keys, tokens=tokens)
+        method = VisionZip(contextual=0.5)
+        dominant, targets = method.split(p)
+        assert dominant.tolist() == [0, 3]
+        assert targets.tolist() == [1, 4]  # every second of 1, 2, 4, 5
+        chosen = method.choose(p)
+        assert chosen.tolist() == [0, 1, 3, 4]
+        merged = method.merge(p, chosen)
+        assert merged.tolist() == [
+            [1, 0, 0, 0, 0, 0],
+            [0, 1, 1, 0, 0, 0],  # takes in 2
+            [0, 0, 0, 1, 0, 0],
+            [0, 0, 0, 0, 1, 1],  # takes in 5
+        ]
+
+    def test_visionzip_default_is_54_and_10(self) -> None:
+        p = picture(n=576, count=kept_count(VisionZip().keep, 576))
+        dominant, targets = VisionZip().split(p)
+        assert (len(dominant), len(targets)) == (54, 10)
+        assert VisionZip(contextual=0.0).choose(p).tolist() == highest(p.cls, 64).tolist()  # type: ignore[arg-type]
+
+    def test_prumerge_by_hand(self) -> None:
+        cls = torch.tensor([0.5, 0.25, 0.4, 0.1])
+        keys = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0, 1]])
+        p = picture(n=4, count=2, cls=cls, keys=keys, tokens=torch.eye(4))
+        chosen = PruMerge().choose(p)
+        assert chosen.tolist() == [0, 2]
+        close(PruMerge().merge(p, chosen), torch.tensor([[2 / 3, 1 / 3, 0, 0], [0, 0, 0.8, 0.2]]))
+
+    def test_holov_quota(self) -> None:
+        assert quota(torch.tensor([3.0, 1.0]), [10, 10], 8) == [6, 2]
+        assert quota(torch.tensor([3.0, 1.0]), [4, 10], 8) == [4, 4]  # what does not fit goes on
+        assert quota(torch.tensor([1.0, 1.0, 1.0]), [9, 9, 9], 2) == [1, 1, 0]
+        assert quota(torch.tensor([0.0, 0.0]), [3, 3], 6) == [3, 3]
+        assert sum(quota(torch.rand(16), [36] * 16, 64)) == 64
+
+    def test_holov_chunks_and_weights(self) -> None:
+        p = picture(count=8)
+        wanted = [highest(p.cls[a : a + 4], 2) + a for a in range(0, 16, 4)]  # type: ignore[index]
+        even = HoloV(chunks=4, attention_weight=0.0, variance_weight=0.0)
+        assert even.choose(p).tolist() == torch.cat(wanted).tolist()
+        assert HoloV(chunks=1).choose(p).tolist() == highest(p.cls, 8).tolist()  # type: ignore[arg-type]
+        unit = torch.nn.functional.normalize(p.tokens, dim=-1)
+        varied = torch.cat([(part @ part.T).var(1, correction=0) for part in unit.split(4)])
+        close(HoloV(chunks=4).score(p), 1000 * p.cls + 0.09 * varied / varied.max())
+        found = {
+            tuple(HoloV(chunks=4, **changes).choose(p).tolist())
+            for changes in ({}, {"attention_weight": 0.0}, {"attention_weight": 0.0, "variance_weight": 0.0})
+        }
+        assert len(found) > 1
+
+    def test_cls_attention_is_the_towers_own(self) -> None:
+        model, inputs = tiny.llava()
+        tower = model.model.vision_tower
+        tower.set_attn_implementation("eager")
+        pixels = inputs([[1, "image", 2]])["pixel_values"]
+        seen = []
+        module = tower.encoder.layers[0].self_attn
+        handle = module.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(cls_attention(m, args[0] if args else kwargs["hidden_states"])),
+            with_kwargs=True,
+        )
+        maps = []
+        other = module.register_forward_hook(lambda m, args, out: maps.append(out[1]))
+        with torch.no_grad():
+            tower(pixels)
+        handle.remove()
+        other.remove()
+        close(seen[0][0], maps[0][:, :, 0, 1:].mean(1))
+        assert seen[0][1].shape == (1, 9, 8)
+
+
+class TestInside:
+    def test_fastv_is_the_mean_over_heads(self) -> None:
+        p = picture()
+        assert FastV().choose(p).tolist() == highest(p.rows.mean((0, 1)), 4).tolist()  # type: ignore[union-attr]
+        assert (FastV().stages, FastV().read_layers) == ((3,), (2,))
+        assert (VTW().stages, VTW().left(0, 576)) == ((15,), 0)
+
+    def test_raters(self) -> None:
+        image = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        text = torch.tensor([[0.0, 1.0], [5.0, 0.0], [0.0, -1.0]])
+        assert raters(image, text).tolist() == [1]
+        assert raters(image, torch.ones(3, 2)).tolist() == [0, 1, 2]
+
+    def test_sparsevlm_reads_the_raters_only(self) -> None:
+        p = picture(rows=torch.zeros(2, 5, 16), memory={"raters": torch.tensor([1, 3])}, stage=1)
+        p.rows[:, 3, [2, 5, 7, 11]] = 1  # type: ignore[index]
+        p.rows[:, 0, [0, 1]] = 9  # type: ignore[index]
+        assert SparseVLM(recycle=0.0).choose(p).tolist() == [2, 5, 7, 11]
+
+    def test_sparsevlm_recycles(self) -> None:
+        """Two tight clusters among what is dropped: two tokens, the means, in the centres' places."""
+        tokens = torch.zeros(12, 2)
+        tokens[2:7] = torch.tensor([10.0, 0]) + torch.tensor([[0.0, 0], [0.1, 0], [-0.1, 0], [0, 0.1], [0, -0.1]])
+        tokens[7:12] = torch.tensor([-10.0, 0]) + torch.tensor([[0.0, 0], [0.1, 0], [-0.1, 0], [0, 0.1], [0, -0.1]])
+        rows = torch.zeros(1, 1, 12)
+        rows[..., :2] = 1
+        p = picture(n=12, count=2, tokens=tokens, rows=rows, memory={"raters": torch.tensor([0])}, stage=1)
+        method = SparseVLM(recycle=1.0, clusters=0.1)
+        chosen = method.choose(p)
+        assert chosen.tolist() == [0, 1, 2, 7]
+        close(method.merge(p, chosen), torch.tensor([[0.0, 0], [0, 0], [10, 0], [-10, 0]]))
+        assert method.merge(p, chosen) is None  # nothing is left over for the next stage
+        for changes in ({"recycle": 0.0}, {"recycle": 0.5}, {"clusters": 0.5}):
+            p.memory = {"raters": torch.tensor([0])}
+            other = SparseVLM(**{"recycle": 1.0, "clusters": 0.1, **changes})
+            again = other.choose(p)
+            merged = other.merge(p, again)
+            assert merged is None or len(again) != 4 or not torch.equal(merged, method_result(method, p))
+
+    def test_density_peaks_of_one(self) -> None:
+        centre, goes = density_peaks(torch.randn(3, 4), 1)
+        assert len(centre) == 1
+        assert goes.tolist() == [0, 0, 0]
+
+
+def method_result(method: SparseVLM, p: Picture) -> Tensor:
+    p.memory = {"raters": torch.tensor([0])}
+    merged = method.merge(p, method.choose(p))
+    assert merged is not None
+    return merged
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize(
+        ("cls", "parameters", "says"),
+        [
+            (PyramidDrop, {"layers": (16, 8)}, "ascending"),
+            (PyramidDrop, {"layers": (0, 8)}, "begin at 1"),
+            (SparseVLM, {"layers": (2, 2)}, "ascending"),
+            (SparseVLM, {"recycle": 1.5}, "recycle=1.5"),
+            (SparseVLM, {"clusters": -0.1}, "clusters=-0.1"),
+            (VisionZip, {"contextual": 1.0}, "contextual=1"),
+            (VisionZip, {"contextual": -0.1}, "contextual=-0.1"),
+            (HoloV, {"chunks": 0}, "chunks=0"),
+            (HoloV, {"attention_weight": -1}, "attention_weight=-1"),
+            (HoloV, {"variance_weight": -1}, "variance_weight=-1"),
+        ],
+    )
+    def test_parameters(self, cls: Any, parameters: dict[str, Any], says: str) -> None:
+        with pytest.raises(ValueError, match=says):
+            cls(**parameters)
+
+    @pytest.mark.parametrize("method", [VisionZip(), PruMerge(), HoloV()])
+    @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "llava_next"])
+    def test_no_cls_token(self, method: Any, family: str) -> None:
+        import vlm_attn
+
+        model, _ = tiny.FAMILIES[family]()
+        with pytest.raises(NotImplementedError, match=rf"{method.name}.*CLS.*'{family}'"):
+            vlm_attn.patch(model, method)
+        assert not vlm_attn.is_patched(model)
+
+    def test_embeddings_without_the_tower(self) -> None:
+        import vlm_attn
+
+        model, inputs = tiny.llava()
+        x: Inputs = inputs([[3, "image", 4]])
+        embeds = model.get_input_embeddings()(x["input_ids"])
+        spans = vlm_attn.spans
+        says = pytest.raises(ValueError, match="vision tower did not run")
+        with vlm_attn.patched(model, VisionZip()), spans(model, visual=[(4, 13)], query=[(13, 17)]), says:
+            model(inputs_embeds=embeds)
