@@ -1,5 +1,5 @@
-"""Pictures of what a method does."""
+"""Pictures of what a method does, and the browser demo (``vlm-attn demo``)."""
 
-from vlm_attn.demo.overlay import overlay
+from vlm_attn.demo.overlay import overlay, seen_box
 
-__all__ = ["overlay"]
+__all__ = ["overlay", "seen_box"]

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
+Box = tuple[float, float, float, float]
 
-def overlay(image: Image.Image, saliency: object, *, strength: float = 0.65) -> Image.Image:
+
+def seen_box(processor: Any, size: tuple[int, int]) -> Box:
+    """What a model sees of a picture: ``(left, top, right, bottom)``, all of it unless its processor crops the centre.
+
+    Args:
+        processor: the model's processor.
+        size: width and height of the picture.
+    """
+    width, height = size
+    images = getattr(processor, "image_processor", None)
+    edge = (getattr(images, "size", None) or {}).get("shortest_edge")
+    crop = getattr(images, "crop_size", None) or {}
+    if not (getattr(images, "do_center_crop", False) and edge and crop.get("height") and crop.get("width")):
+        return 0, 0, width, height
+    scale = min(size) / edge
+    w, h = min(crop["width"] * scale, width), min(crop["height"] * scale, height)
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def overlay(image: Image.Image, saliency: object, *, strength: float = 0.65, box: Box | None = None) -> Image.Image:
     """Draw where a question looks: salient places keep their colour, the rest is darkened, the strongest glow red.
 
     Args:
         image: the picture.
         saliency: ``[h, w]`` in [0, 1], as :func:`vlm_attn.saliency` returns it.
         strength: 0 = the plain picture, 1 = unsalient places black.
+        box: the part of the picture that the map covers (see :func:`seen_box`), default all of it; outside is dark.
 
     Returns:
         An RGB image of the picture's size.
@@ -24,7 +47,10 @@ def overlay(image: Image.Image, saliency: object, *, strength: float = 0.65) -> 
     if values.ndim != 2 or not 0 <= strength <= 1:
         raise ValueError(f"need an [h, w] map and a strength in [0, 1], got shape {values.shape} and {strength!r}")
     small = Image.fromarray((255 * values.clip(0, 1)).astype(np.uint8))
-    weight = np.asarray(small.resize(image.size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None] / 255
+    left, top, right, bottom = (round(edge) for edge in box or (0, 0, *image.size))
+    placed = Image.new("L", image.size)
+    placed.paste(small.resize((max(1, right - left), max(1, bottom - top)), Image.Resampling.BICUBIC), (left, top))
+    weight = np.asarray(placed, dtype=np.float32)[..., None] / 255
     picture = np.asarray(image.convert("RGB"), dtype=np.float32)
     glow = np.array([255.0, 60.0, 30.0], dtype=np.float32)
     shown = picture * (1 - strength * (1 - weight))

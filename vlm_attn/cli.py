@@ -1,4 +1,4 @@
-"""The command line: ``vlm-attn methods | caption | eval | score | mask | scenes | bench | doctor``.
+"""The command line: ``vlm-attn methods | caption | demo | eval | score | mask | scenes | bench | doctor``.
 
 This module imports only typer when it is loaded, so that help is quick; torch, the evaluations and everything
 above this package are imported by name when a command runs.
@@ -686,6 +686,31 @@ def bench_tokens(context: typer.Context) -> None:
     Example: [b]vlm-attn bench tokens --help[/b]
     """
     _benchmark("tokens", context.args)
+
+
+@app.command()
+def demo(
+    model: Model = "scenes",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port to listen on.", show_default="the first free one from 7860"),
+    ] = None,
+    share: Annotated[bool, typer.Option("--share", help="Also make a public link, through gradio's servers.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Compare methods in the browser: captions side by side, and what each word looks at.
+
+    Example: [b]vlm-attn demo --model llava-hf/llava-1.5-7b-hf --port 8000[/b]
+    """
+    page = importlib.import_module("vlm_attn.demo.app")  # says what to install before a model is loaded
+    _quiet_libraries()
+    with _console().status(f"Loading {model} ..."):
+        loaded, processor = _evals("models").load_model(model, device, dtype, trust_remote_code)
+    studio = importlib.import_module("vlm_attn.demo.studio").Studio(loaded, processor, model)
+    page.serve(studio, host=host, port=port, share=share)
 
 
 @app.command()

@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_attn.demo import overlay
+from vlm_attn.demo import overlay, seen_box
 
 
 def test_salient_places_stay_bright_and_the_rest_darkens():
@@ -24,3 +26,36 @@ def test_strength_zero_without_saliency_is_the_picture():
 def test_wrong_input(shape, strength):
     with pytest.raises(ValueError, match="map and a strength"):
         overlay(Image.new("RGB", (4, 4)), np.zeros(shape), strength=strength)
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "box"),
+    [
+        (
+            {"size": {"shortest_edge": 10}, "crop_size": {"height": 10, "width": 10}, "do_center_crop": True},
+            (60, 20),
+            (20, 0, 40, 20),
+        ),
+        (
+            {"size": {"shortest_edge": 20}, "crop_size": {"height": 10, "width": 10}, "do_center_crop": True},
+            (40, 40),
+            (10, 10, 30, 30),
+        ),
+        (
+            {"size": {"shortest_edge": 10}, "crop_size": {"height": 10, "width": 10}, "do_center_crop": False},
+            (60, 20),
+            (0, 0, 60, 20),
+        ),
+        ({"size": {"height": 10, "width": 10}}, (60, 20), (0, 0, 60, 20)),
+        ({}, (60, 20), (0, 0, 60, 20)),
+    ],
+)
+def test_what_a_model_sees_of_a_picture(options, size, box):
+    assert seen_box(SimpleNamespace(image_processor=SimpleNamespace(**options)), size) == box
+
+
+def test_map_of_a_part():
+    """A map of the middle: its left and right neighbours are dark, whatever the map says at its edges."""
+    image = Image.new("RGB", (60, 20), (100, 100, 100))
+    shown = np.asarray(overlay(image, np.ones((2, 2)), box=(20, 0, 40, 20)))
+    assert shown[:, 20:40].mean() > 90 > 50 > max(shown[:, :19].mean(), shown[:, 41:].mean())

@@ -1,0 +1,148 @@
+"""What a page can offer for a method: its parameters with type, default, range and help, read from the dataclass."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from vlm_attn import presets, registry
+from vlm_attn.method import Method
+
+Kind = Literal["number", "whole", "switch", "choice", "text"]
+_RANGE = re.compile(r"Range ([(\[]?)(-?\d+(?:\.\d+)?)(?:\.\.|, )(-?\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Control:
+    """One parameter of one method.
+
+    Attributes:
+        method: the method's name.
+        name: the parameter's name.
+        kind: what it holds; ``"text"`` is anything that is written out, such as layers (``3, 4``).
+        default: its value on this model when nothing is chosen (a preset's, else the dataclass's); None: no preset has it.
+        help: its line of the docstring.
+        low: smallest allowed value, None where the docstring gives no range.
+        high: largest allowed value.
+        open_low: ``low`` itself is not allowed.
+        choices: the values of a ``"choice"``.
+    """
+
+    method: str
+    name: str
+    kind: Kind
+    default: Any
+    help: str
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """As the command line writes it: ``gift.alpha``."""
+        return f"{self.method}.{self.name}"
+
+    def shown(self, value: Any) -> Any:
+        """A value as a page shows it: numbers of a tuple with commas, None as nothing."""
+        if self.kind != "text":
+            return value
+        if value is None:
+            return ""
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    def param(self, value: Any) -> str | None:
+        """A chosen value as ``--param`` takes it, ``gift.alpha=4``; None where it is the default or nothing."""
+        if value is None or value == "" or value == self.shown(self.default):
+            return None
+        if self.kind == "whole" and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if self.kind == "switch":
+            value = str(bool(value)).lower()
+        return f"{self.key}={value}"
+
+
+def parameter_help(cls: type) -> dict[str, str]:
+    """The lines under ``Attributes:`` of a class's docstring by name, each as one paragraph."""
+    found: dict[str, str] = {}
+    _, _, block = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+    name = ""
+    for line in block.splitlines():
+        if line and not line.startswith(" "):
+            break
+        entry = re.match(r" {4}(\w+): (.*)", line)
+        if entry:
+            name, found[entry[1]] = entry[1], entry[2].strip()
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+def controls(cls: type[Method], config: Any = None) -> list[Control]:
+    """The parameters of a method in the order of its fields.
+
+    Args:
+        cls: the method's class.
+        config: the model's config; the preset that fits it gives defaults.
+    """
+    constants = presets.constants(cls.name, config, None) if config is not None else {}
+    hints, texts = typing.get_type_hints(cls), parameter_help(cls)
+    found = []
+    for field in fields(cls):
+        hint, text = hints[field.name], texts.get(field.name, "")
+        options = [kind for kind in _alternatives(hint) if kind is not type(None)]
+        kind, choices = _kind(options)
+        limits = _RANGE.search(text) if kind in ("number", "whole") else None
+        found.append(
+            Control(
+                method=cls.name,
+                name=field.name,
+                kind=kind,
+                default=constants.get(field.name, field.default),
+                help=text,
+                low=float(limits[2]) if limits else None,
+                high=float(limits[3]) if limits else None,
+                open_low=bool(limits and limits[1] == "("),
+                choices=choices,
+            )
+        )
+    return found
+
+
+def all_controls(config: Any = None) -> dict[str, list[Control]]:
+    """The parameters of every registered method, by its name."""
+    return {name: controls(info.cls, config) for name, info in registry.methods().items()}
+
+
+def params(known: Mapping[str, Sequence[Control]], methods: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    """What was changed from the defaults, as ``--param`` takes it.
+
+    Args:
+        known: what :func:`all_controls` found.
+        methods: the runs, ``"gift"`` or ``"var+gift"``; parameters of other methods do not count.
+        values: chosen values by key (``"gift.alpha"``); a missing key is the default.
+    """
+    used = {name for run in methods for name in run.split("+")}
+    texts = [c.param(values.get(c.key)) for name in sorted(used & set(known)) for c in known[name]]
+    return [text for text in texts if text is not None]
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _kind(options: Sequence[Any]) -> tuple[Kind, tuple[str, ...]]:
+    """The control of a type; a type that has none of its own is written out."""
+    if len(options) == 1:
+        (hint,) = options
+        if typing.get_origin(hint) is Literal and all(isinstance(value, str) for value in typing.get_args(hint)):
+            return "choice", typing.get_args(hint)
+        plain: dict[Any, Kind] = {bool: "switch", int: "whole", float: "number"}
+        if hint in plain:
+            return plain[hint], ()
+    return "text", ()

@@ -1,0 +1,99 @@
+"""The state of the page as a URL's query, in the words of the command line: ``?scene=3&method=baseline&param=gift.alpha=4``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, urlencode
+
+from vlm_attn.evals import chair, specs
+
+METHODS = ("baseline", "gift")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a link carries. A picture of one's own is not among it: it stays on the server that was given it.
+
+    Attributes:
+        scene: number of a drawn scene, None for a picture of one's own.
+        methods: the runs.
+        params: what differs from the defaults, ``"gift.alpha=4"``.
+        prompt: what to ask for.
+        question: the yes/no question.
+        tokens: longest answer.
+    """
+
+    scene: int | None = 3
+    methods: tuple[str, ...] = METHODS
+    params: tuple[str, ...] = ()
+    prompt: str = chair.PROMPT
+    question: str = "Is there a dog in the image?"
+    tokens: int = 64
+
+
+def to_query(state: State) -> str:
+    """The query, without its question mark; what is at its default is left out."""
+    start = State()
+    pairs: list[tuple[str, object]] = []
+    if state.scene is not None:
+        pairs.append(("scene", state.scene))
+    pairs += [("method", method) for method in state.methods]
+    pairs += [("param", param) for param in state.params]
+    for name in ("prompt", "question", "tokens"):
+        if getattr(state, name) != getattr(start, name):
+            pairs.append((name, getattr(state, name)))
+    return urlencode(pairs)
+
+
+def from_query(query: str, scenes: int, longest: int, characters: int) -> tuple[State, list[str]]:
+    """The state a query stands for. What cannot be used is left at its default and reported.
+
+    Args:
+        query: without its question mark.
+        scenes: number of scenes there are.
+        longest: largest ``tokens``.
+        characters: length at which texts are refused.
+
+    Returns:
+        The state, and one sentence for each thing that was wrong.
+    """
+    pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=100)
+    start, wrong = State(), []
+
+    def whole(name: str, low: int, high: int, default: int | None) -> int | None:
+        text = next((value for key, value in pairs if key == name), None)
+        if text is None:
+            return default
+        if text.isdecimal() and low <= int(text[:9]) <= high:
+            return int(text)
+        wrong.append(f"{name}={text[:40]!r} in the link is not a number from {low} to {high}.")
+        return default
+
+    def words(name: str, default: str) -> str:
+        text = next((value for key, value in pairs if key == name), default)
+        if len(text) > characters:
+            wrong.append(f"{name} in the link is longer than {characters} characters.")
+            return default
+        return text
+
+    methods = _unique(value for key, value in pairs if key == "method") or start.methods
+    params = _unique(value for key, value in pairs if key == "param")
+    try:
+        specs.parse_specs(methods, params)
+    except (ValueError, TypeError) as error:
+        wrong.append(f"The link's methods cannot be used: {error}.")
+        methods, params = start.methods, ()
+    state = State(
+        scene=whole("scene", 0, scenes - 1, start.scene),
+        methods=methods,
+        params=params,
+        prompt=words("prompt", start.prompt),
+        question=words("question", start.question),
+        tokens=whole("tokens", 1, longest, start.tokens) or start.tokens,
+    )
+    return state, wrong
+
+
+def _unique(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))

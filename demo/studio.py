@@ -1,0 +1,427 @@
+"""What the demo computes, without a page: checked pictures, captions side by side, what a word looks at, yes or no."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import itertools
+import os
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import vlm_attn
+from vlm_attn.demo.controls import all_controls
+from vlm_attn.demo.overlay import overlay, seen_box
+from vlm_attn.evals import pope, scenes
+from vlm_attn.evals.chair import coco_vocabulary
+from vlm_attn.evals.prompts import build_inputs
+from vlm_attn.evals.specs import MethodSpec, parse_specs
+from vlm_attn.families import image_token_ids
+
+MAX_BYTES = 10 * 2**20
+MAX_PIXELS = 40_000_000
+MAX_SIDE = 2048  # larger pictures are made smaller: no model here looks closer
+MAX_RATIO = 10  # models scale the short side to a fixed size: a thin strip would become a huge picture
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_RUNS = 6
+MAX_CHARACTERS = 500
+MAX_TOKENS = 256
+SPLIT = "validation"
+SCENES = 500
+_WORD = re.compile(r"\w+(?:[-'’]\w+)*")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and, where they are known, the objects in it."""
+
+    image: Image.Image
+    objects: tuple[str, ...] | None = None
+    name: str = "your picture"
+
+
+@dataclass
+class Run:
+    """One caption as it is written.
+
+    Attributes:
+        spec: the methods it runs with.
+        visual: image tokens of its prompt.
+        ids: the tokens so far.
+        text: what they say.
+        seconds: how long it took.
+        done: nothing more will come.
+        error: what went wrong, as a sentence.
+        mentions: objects it names: text, category, start, end, hallucinated; None where the truth is unknown.
+        gaze: attention ``[T, h, w]`` of every token, once it was asked for.
+    """
+
+    spec: MethodSpec
+    visual: int
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    seconds: float = 0.0
+    done: bool = False
+    error: str = ""
+    mentions: list[dict[str, Any]] | None = None
+    gaze: Tensor | None = None
+
+    @property
+    def hallucinated(self) -> list[str]:
+        """Words for what is not in the picture, in order, with repetition."""
+        return [mention["text"] for mention in self.mentions or () if mention["hallucinated"]]
+
+    @property
+    def words(self) -> list[tuple[int, int]]:
+        """``[start, end)`` of every word of the text."""
+        return [match.span() for match in _WORD.finditer(self.text)]
+
+
+@dataclass
+class Result:
+    """What :meth:`Studio.describe` makes: a picture, a prompt, and the captions so far."""
+
+    picture: Picture
+    prompt: str
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a yes/no question.
+
+    Attributes:
+        label: the run.
+        text: what the model said.
+        says: "yes", "no" or "unclear" (neither word is in it).
+        truth: "yes" or "no" where it is known, else "".
+    """
+
+    label: str
+    text: str
+    says: str
+    truth: str
+
+
+class _Tokens(BaseStreamer):
+    """Collects new tokens as generate() makes them; its first call brings the prompt."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids, self.prompt = ids, True
+
+    def put(self, value: Tensor) -> None:
+        """Tokens of one step."""
+        if not self.prompt:
+            self.ids += value.flatten().tolist()
+        self.prompt = False
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+class _Stop(StoppingCriteria):
+    """Ends a generation nobody waits for any more."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def open_upload(path: str | os.PathLike[str]) -> Image.Image:
+    """Open a picture that somebody sent, as RGB, upright, at most ``MAX_SIDE`` pixels a side.
+
+    Raises:
+        ValueError: too many bytes or pixels, not one of ``FORMATS``, cut off or broken. The message is for that person.
+    """
+    if not Path(path).is_file():
+        raise ValueError("The picture is not there any more: please choose it again.")
+    size = Path(path).stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"The picture has {size / 2**20:.1f} MB, at most {MAX_BYTES >> 20} MB are taken.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, by our own limit
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    limit = f"at most {MAX_PIXELS // 10**6} million pixels are taken"
+                    raise ValueError(f"The picture has {width} x {height} pixels, {limit}.")
+                if max(width, height) > MAX_RATIO * min(width, height):
+                    raise ValueError(f"The picture has {width} x {height} pixels, which is too narrow.")
+                image.verify()
+            with Image.open(path, formats=FORMATS) as image:  # verify() leaves nothing to read from
+                image.draft("RGB", (MAX_SIDE, MAX_SIDE))
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"The file is no picture: {', '.join(FORMATS)} are taken.") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
+        raise ValueError("The picture cannot be read: the file is cut off or broken.") from error
+    if max(upright.size) > MAX_SIDE:
+        upright.thumbnail((MAX_SIDE, MAX_SIDE))
+    return upright
+
+
+def scene_picture(number: int) -> Picture:
+    """A drawn scene of the validation split, with the objects in it.
+
+    Raises:
+        ValueError: there is no such scene.
+    """
+    if not 0 <= number < SCENES:
+        raise ValueError(f"There are scenes 0 to {SCENES - 1}, not {number}.")
+    scene = scenes.scene(SPLIT, number)
+    return Picture(scenes.render(scene), tuple(scene.categories), f"scenes:{SPLIT}/{number}")
+
+
+class Studio:
+    """A model and what the demo does with it. Every call may come from any thread.
+
+    Each run gets a copy of the modules that shares the weights, so that runs with different methods go side by side
+    without a second model in memory, and the model itself is never patched.
+
+    Args:
+        model: an image-text-to-text model.
+        processor: its processor.
+        name: what it is called on the page.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str = "") -> None:
+        self.model, self.processor, self.name = model, processor, name
+        self.controls = all_controls(model.config)
+        self._encoding = threading.Lock()
+
+    def shell(self) -> Any:
+        """A copy of the model's modules over the same weights."""
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+
+    def _inputs(self, picture: Picture, prompt: str) -> Any:
+        with self._encoding:  # tokenizers change their padding in place: one thread at a time
+            return build_inputs(self.model, self.processor, [picture.image], [prompt])
+
+    def specs(self, methods: Sequence[str], params: Sequence[str] = ()) -> list[MethodSpec]:
+        """The runs, checked against this model before anything is computed.
+
+        Args:
+            methods: ``"baseline"``, a method's name or several joined by ``+``.
+            params: ``"gift.alpha=4"``.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: as the command line and ``patch`` say it.
+        """
+        if not methods:
+            raise ValueError("Choose at least one method.")
+        if len(methods) > MAX_RUNS:
+            raise ValueError(f"At most {MAX_RUNS} methods at a time, not {len(methods)}.")
+        found = parse_specs(methods, params)
+        shell = self.shell()
+        for spec in found:
+            with spec.applied(shell, self.processor):
+                pass
+        return found
+
+    def describe(self, picture: Picture, prompt: str, specs: Sequence[MethodSpec], tokens: int) -> Iterator[Result]:
+        """Let all runs write at the same time.
+
+        Args:
+            picture: what to describe.
+            prompt: what to ask for.
+            specs: the runs.
+            tokens: longest caption.
+
+        Yields:
+            The same result over and over, each time with more in it; the last time every run is done. A run that
+            fails carries its error, the others go on. Closing the iterator ends the generations.
+
+        Raises:
+            ValueError: an empty or overlong prompt; ``tokens`` out of range.
+        """
+        prompt = _text(prompt, "prompt")
+        if not 1 <= tokens <= MAX_TOKENS:
+            raise ValueError(f"A caption can have 1 to {MAX_TOKENS} tokens, not {tokens}.")
+        inputs = self._inputs(picture, prompt)
+        visual = torch.isin(inputs["input_ids"].cpu(), torch.tensor(image_token_ids(self.model.config)))
+        result = Result(picture, prompt, [Run(spec, int(visual.sum())) for spec in specs])
+        stop = threading.Event()
+        threads = [
+            threading.Thread(target=self._write, args=(run, inputs, tokens, stop), daemon=True) for run in result.runs
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            finished = False
+            while not finished:
+                finished = not any(thread.is_alive() for thread in threads)  # asked first: then nothing is missed
+                if self._read(result) or finished:
+                    yield result
+                time.sleep(0 if finished else 0.05)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+    def _write(self, run: Run, inputs: Any, tokens: int, stop: threading.Event) -> None:
+        start = time.perf_counter()
+        try:
+            shell = self.shell()
+            with run.spec.applied(shell, self.processor), torch.inference_mode():
+                start = time.perf_counter()
+                shell.generate(
+                    **inputs,
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=self.processor.tokenizer.pad_token_id,
+                    streamer=_Tokens(run.ids),
+                    stopping_criteria=[_Stop(stop)],
+                )
+        except Exception as error:  # it must reach the page, whatever it is: this thread has nobody else to tell
+            run.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        run.seconds, run.done = time.perf_counter() - start, True
+
+    def _read(self, result: Result) -> bool:
+        """Bring texts up to date; whether anything is new."""
+        news = False
+        for run in result.runs:
+            text = self._decode(run.ids)
+            news |= text != run.text
+            run.text = text
+            run.mentions = _mentions(text, result.picture.objects)
+        return news
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def look(self, result: Result, run: int, word: int) -> tuple[Image.Image, str]:
+        """Where a run looked while it wrote a word.
+
+        Args:
+            result: what :meth:`describe` made.
+            run: index of the run.
+            word: index into its words.
+
+        Returns:
+            The picture with the attention over it (brightest = most), and a sentence.
+
+        Raises:
+            ValueError: no such word.
+        """
+        if not (0 <= run < len(result.runs) and 0 <= word < len(result.runs[run].words)):
+            raise ValueError("That word is not there any more: describe the picture again.")
+        chosen = result.runs[run]
+        if chosen.gaze is None:
+            shell = self.shell()
+            inputs = self._inputs(result.picture, result.prompt)
+            with chosen.spec.applied(shell, self.processor):
+                options = {} if chosen.spec.names else {"processor": self.processor}
+                chosen.gaze = vlm_attn.gaze(shell, inputs, chosen.ids, **options)[0]
+        start, end = chosen.words[word]
+        maps = chosen.gaze[self._tokens_of(chosen, start, end)]
+        share = float(maps.sum((1, 2)).mean())
+        shown = self._over(result.picture.image, maps.mean(0))
+        text = f'"{chosen.text[start:end]}" ({chosen.spec.label}): {share:.0%} of the attention is on the picture.'
+        return shown, text
+
+    def _tokens_of(self, run: Run, start: int, end: int) -> list[int]:
+        """Indices of the tokens that a stretch of the text was decoded from."""
+        assert run.gaze is not None
+        ids = run.ids[: len(run.gaze)]
+        whole = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        lead = len(whole) - len(whole.lstrip())
+        ends = [
+            len(self.processor.tokenizer.decode(ids[:n], skip_special_tokens=True)) - lead for n in range(len(ids) + 1)
+        ]
+        found = [n for n, (a, b) in enumerate(itertools.pairwise(ends)) if a < end and start < b]
+        return found or [len(ids) - 1]
+
+    def saliency(self, result: Result) -> tuple[Image.Image, str]:
+        """Where the prompt makes the model look, by gift's map (with the parameters of the first run that has gift)."""
+        inputs = self._inputs(result.picture, result.prompt)
+        with self._single("gift", result) as shell:
+            (values, *_) = vlm_attn.saliency(shell, inputs)
+        return self._over(result.picture.image, values, scale=False), f'Saliency of "{result.prompt}" (gift).'
+
+    def sinks(self, result: Result) -> tuple[Image.Image, str]:
+        """Which image tokens are sinks, by var's test (with the parameters of the first run that has var)."""
+        inputs = self._inputs(result.picture, result.prompt)
+        with self._single("var", result) as shell:
+            (values, *_) = vlm_attn.sinks(shell, inputs)
+        count = int((values > 0).sum())
+        text = f"{count} of {values.numel()} image tokens are sinks in at least one layer (var)."
+        if not count:
+            text = "No image token is a sink at this tau (var)."
+        return self._over(result.picture.image, values, scale=False), text
+
+    @contextlib.contextmanager
+    def _single(self, name: str, result: Result) -> Iterator[Any]:
+        """A shell patched with one method, with the parameters of the first run that has it."""
+        params = next((run.spec.params.get(name, {}) for run in result.runs if name in run.spec.names), {})
+        spec = MethodSpec(name, (name,), {name: params})
+        shell = self.shell()
+        with spec.applied(shell, self.processor):
+            yield shell
+
+    def _over(self, image: Image.Image, values: Tensor, scale: bool = True) -> Image.Image:
+        """A map over its picture, large enough to look at. ``scale``: the largest value is shown brightest."""
+        top = float(values.max())
+        shown = values / top if scale and top > 0 else values
+        factor = max(1, min(448 // min(image.size), MAX_SIDE // max(image.size)))
+        large = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+        return overlay(large, shown, box=seen_box(self.processor, large.size))
+
+    def ask(self, picture: Picture, question: str, specs: Sequence[MethodSpec]) -> list[Answer]:
+        """A yes/no question to every run.
+
+        Args:
+            picture: what it is about.
+            question: the question; what is true is known where it names one kind of object and the objects are known.
+            specs: the runs.
+
+        Raises:
+            ValueError: an empty or overlong question.
+        """
+        question = _text(question, "question")
+        named = {mention["category"] for mention in _mentions(question, picture.objects) or ()}
+        truth = ""
+        if picture.objects is not None and len(named) == 1:
+            truth = "yes" if named <= set(picture.objects) else "no"
+        *_, result = self.describe(picture, question, specs, 10)
+        answers = []
+        for run in result.runs:
+            says = "unclear" if run.error or pope.is_unparsed(run.text) else pope.parse_official(run.text) or "unclear"
+            answers.append(Answer(run.spec.label, run.error or run.text, says, truth))
+        return answers
+
+
+def _text(text: str, what: str) -> str:
+    text = text.strip()
+    if not text:
+        raise ValueError(f"The {what} is empty.")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"The {what} has {len(text)} characters, at most {MAX_CHARACTERS} are taken.")
+    return text
+
+
+def _mentions(text: str, objects: Sequence[str] | None) -> list[dict[str, Any]] | None:
+    """Objects that a text names, as CHAIR finds them; None where the truth or the word list is not there."""
+    if objects is None or importlib.util.find_spec("simplemma") is None:
+        return None
+    return coco_vocabulary().score(text, objects)["mentions"]

@@ -1,0 +1,224 @@
+"""The page over HTTP, as gradio's own client calls it; no browser."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from vlm_attn import cli
+from vlm_attn.demo import link
+
+pytest.importorskip("gradio", reason="the demo extra is not installed")
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def client(page: Any) -> Client:
+    return Client(page.local_url, verbose=False, analytics_enabled=False)
+
+
+def describe(page: Any, **values: Any) -> str:
+    """The captions' HTML; what is not given is as the page shows it at first."""
+    given = {"path": None, "scene": 3, **values}
+    return client(page).predict(**given, api_name="/describe")
+
+
+def test_describe(page: Any, studio: Any) -> None:
+    html = describe(page)
+    assert 'aria-label="baseline"' in html
+    assert 'aria-label="gift"' in html
+    assert "Not in the picture: bear" in html
+    assert "64 visual tokens" in html
+    *_, result = studio.describe(scene_of(3), link.State().prompt, studio.specs(["baseline", "gift"]), 64)
+    for run in result.runs:
+        for start, end in run.words:
+            assert f">{run.text[start:end]}</button>" in html
+
+
+def scene_of(number: int) -> Any:
+    from vlm_attn.demo.studio import scene_picture
+
+    return scene_picture(number)
+
+
+@pytest.mark.usefixtures("slowly")
+def test_streams(page: Any) -> None:
+    job = client(page).submit(None, 3, api_name="/describe")
+    job.result()
+    shown = job.outputs()
+    assert len(shown) > 1
+    assert "<button" not in shown[0]  # words can be chosen at the end
+    assert "<button" in shown[-1]
+
+
+def test_upload(page: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jpg"
+    Image.new("RGB", (300, 200), (90, 160, 90)).save(file)
+    html = describe(page, path=handle_file(file), scene=None, tokens=8)
+    assert "not known here" in html
+    assert "visual tokens" in html
+
+
+def test_ask(page: Any) -> None:
+    html = client(page).predict(
+        None, 3, ["baseline", "var+gift"], "Is there an elephant in the image?", api_name="/ask"
+    )
+    assert html.count("right (the truth: yes)") == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"scene": None}, "Choose a picture first"),
+        ({"scene": 500}, "499"),
+        ({"methods": []}, "at least one method"),
+        ({"methods": ["gfit"]}, "did you mean 'gift'"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": "a" * 501}, "501 characters"),
+        ({"tokens": 10**6}, "256"),
+        ({"param_5": "77"}, "layer 77"),
+        ({"param_5": "many"}, "one or more integers"),
+    ],
+)
+def test_errors_are_messages(page: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(AppError) as error:
+        describe(page, **values)
+    assert message in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "message"), [("a.png", "no picture"), ("cut.png", "cut off or broken")])
+def test_uploads_that_are_refused(page: Any, tmp_path: Path, name: str, message: str) -> None:
+    file = tmp_path / name
+    Image.effect_noise((80, 80), 90).save(file)
+    file.write_bytes(file.read_bytes()[:900] if name == "cut.png" else b"<svg/>")
+    with pytest.raises(AppError, match=message):
+        describe(page, path=handle_file(file), scene=None)
+
+
+def test_upload_of_too_many_bytes(page: Any) -> None:
+    for size, status in ((2**20, 200), (11 * 2**20, 413)):
+        files = {"files": ("large.png", b"\x89PNG" + bytes(size))}
+        assert httpx.post(f"{page.local_url}gradio_api/upload", files=files).status_code == status
+
+
+def test_unexpected_errors_are_messages_too(page: Any, studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studio, "ask", lambda *_: 1 / 0)
+    with pytest.raises(AppError, match="Something went wrong .ZeroDivisionError") as error:
+        client(page).predict(None, 3, api_name="/ask")
+    assert "test_app" not in str(error.value)
+
+
+def test_maps_need_captions(page: Any) -> None:
+    own = client(page)
+    with pytest.raises(AppError, match="Describe the picture first"):
+        own.predict(api_name="/saliency")
+    own.predict(None, 3, api_name="/describe")
+    for name in ("/saliency", "/sinks"):
+        image, sentence = own.predict(api_name=name)
+        assert Image.open(image).size == (448, 448)
+        assert "gift" in sentence or "var" in sentence
+    with pytest.raises(AppError, match="Describe the picture first"):  # somebody else's captions stay theirs
+        client(page).predict(api_name="/saliency")
+
+
+def test_twenty_visitors(page: Any) -> None:
+    def visit(number: int) -> str:
+        return describe(page, scene=number, methods=["baseline", "gift"], tokens=12)
+
+    with ThreadPoolExecutor(20) as pool:
+        found = list(pool.map(visit, range(20)))
+    assert len(set(found)) == 20
+    for number, html in enumerate(found):
+        objects = ", ".join(scene_of(number).objects)
+        assert f"In the picture: {objects}." in html
+
+
+def test_reaches_nothing_else(page: Any) -> None:
+    """Only this machine is listened on, only pictures of the page are served, and no address elsewhere is loaded for fonts."""
+    assert page.local_url.startswith("http://127.0.0.1:")
+    for path in ("/etc/passwd", str(ROOT / "README.md")):
+        assert httpx.get(f"{page.local_url}gradio_api/file={path}").status_code in (403, 404)
+    assert "fonts.googleapis" not in httpx.get(page.local_url).text
+    assert "fonts.googleapis" not in httpx.get(f"{page.local_url}theme.css").text
+
+
+def test_writes_only_into_a_temporary_folder_that_goes(tmp_path: Path) -> None:
+    """In a process of its own: nothing is left in its working folder, its home, the package and the temporary folder."""
+    for name in ("work", "home", "temporary"):
+        (tmp_path / name).mkdir()
+    code = (
+        "from pathlib import Path; import os, sys\n"
+        "from gradio_client import Client\n"
+        "from vlm_attn.demo.app import serving; from vlm_attn.demo.studio import Studio\n"
+        "from vlm_attn.evals.models import load_model\n"
+        "with serving(Studio(*load_model('scenes', 'cpu'), 'scenes')) as page:\n"
+        "    Client(page.local_url, verbose=False, download_files=False).predict(None, 3, api_name='/describe')\n"
+        "    print(len(list(Path(os.environ['GRADIO_TEMP_DIR']).rglob('*.png'))), os.environ['GRADIO_TEMP_DIR'])\n"
+    )
+    before = {path for path in ROOT.rglob("*") if "__pycache__" not in path.parts and ".git" not in path.parts}
+    environment = {
+        "PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary"),
+        "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "work",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    count, folder = done.stdout.split()
+    assert int(count) > 0
+    assert Path(folder).parent == tmp_path / "temporary"
+    assert not Path(folder).exists()
+    assert [path for path in (tmp_path / "work").rglob("*") if path.is_file()] == []
+    assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
+    after = {path for path in ROOT.rglob("*") if "__pycache__" not in path.parts and ".git" not in path.parts}
+    assert after - before == set()
+
+
+class TestCommand:
+    def test_options(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vlm_attn.demo import app
+
+        seen: list[tuple[str, dict[str, Any]]] = []
+        monkeypatch.setattr(app, "serve", lambda studio, **options: seen.append((studio.name, options)))
+        for arguments in ([], ["--host", "0.0.0.0", "--port", "8123", "--share"]):
+            assert CliRunner().invoke(cli.app, ["demo", *arguments]).exit_code == 0
+        assert seen == [
+            ("scenes", {"host": "127.0.0.1", "port": None, "share": False}),
+            ("scenes", {"host": "0.0.0.0", "port": 8123, "share": True}),
+        ]
+
+    def test_port_that_is_taken(self, page: Any) -> None:
+        result = CliRunner().invoke(cli.app, ["demo", "--port", str(page.server_port)])
+        assert result.exit_code == 2
+        assert str(page.server_port) in result.stderr
+        assert "Traceback" not in result.output
+
+    def test_without_gradio(self) -> None:
+        code = (
+            "import sys; sys.modules['gradio'] = None\n"
+            "from vlm_attn import cli; sys.argv = ['vlm-attn', 'demo', '--model', 'none/such']; cli.main()"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr == 'Error: gradio is not installed, and this needs it: pip install "vlm-attn[demo]"\n'
+
+    def test_gradio_is_not_imported_for_anything_else(self) -> None:
+        code = "import sys, vlm_attn.demo.studio, vlm_attn.cli; vlm_attn.patch; print('gradio' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "False\n"

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pytest
+
+from vlm_attn import registry
+from vlm_attn.demo.controls import all_controls, controls, params
+from vlm_attn.method import Method, check_range
+
+ALL = [control for found in all_controls().values() for control in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Method):
+    """One of each.
+
+    Attributes:
+        share: how much. Range (0, 1].
+        count: how many,
+            in two lines. Range 1..9.
+        sort: which kind.
+        on: whether.
+        layers: where; None = from the preset.
+        either: a number or not.
+
+    More: not a parameter.
+    """
+
+    name: ClassVar[str] = "example"
+
+    share: float = 0.5
+    count: int = 3
+    sort: Literal["a", "b"] = "a"
+    on: bool = False
+    layers: tuple[int, ...] | None = (2, 3)
+    either: float | int = 1
+
+    def __post_init__(self) -> None:
+        check_range(self, "share", 0, 1, open_low=True)
+
+
+def test_every_kind() -> None:
+    found = {control.name: control for control in controls(Example)}
+    assert {name: control.kind for name, control in found.items()} == {
+        "share": "number", "count": "whole", "sort": "choice", "on": "switch", "layers": "text", "either": "text",
+    }  # fmt: skip
+    assert (found["share"].low, found["share"].high, found["share"].open_low) == (0, 1, True)
+    assert (found["count"].low, found["count"].high, found["count"].open_low) == (1, 9, False)
+    assert found["count"].help == "how many, in two lines. Range 1..9."
+    assert found["sort"].choices == ("a", "b")
+    assert found["layers"].shown((2, 3)) == "2, 3"
+    assert found["layers"].shown(None) == ""
+
+
+@pytest.mark.parametrize("control", ALL, ids=lambda control: control.key)
+def test_registered_methods(control: Any) -> None:
+    """Every parameter has help; the range that its docstring names is the one that is enforced."""
+    assert control.help
+    if control.low is None or control.high is None:
+        return
+
+    def accepts(value: float) -> bool:
+        try:
+            registry.build(control.method, **{control.name: value})
+        except ValueError:
+            return False
+        return True
+
+    assert accepts(control.high)
+    assert not accepts(math.nextafter(control.high, math.inf))
+    assert accepts(control.low) is not control.open_low
+    assert not accepts(math.nextafter(control.low, -math.inf))
+
+
+def test_defaults_of_the_preset(studio: Any) -> None:
+    """What the page shows is what runs when nothing is touched."""
+    for spec in studio.specs(["gift", "var"]):
+        (method,) = spec.describe(studio.shell(), studio.processor)
+        shown = {control.name: control.default for control in studio.controls[spec.label]}
+        for name, value in method["params"].items():
+            if name != "layers":  # var fills it in when it is bound
+                assert shown[name] == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_only_what_differs_becomes_a_parameter(studio: Any) -> None:
+    known = studio.controls
+    untouched = {control.key: control.shown(control.default) for found in known.values() for control in found}
+    assert params(known, ["baseline", "gift", "var"], untouched) == []
+    assert params(known, ["var+gift"], {}) == []
+    changed = {**untouched, "gift.alpha": 4, "gift.enhance_layers": "1, 2", "var.code_parity": True, "var.layers": ""}
+    assert params(known, ["baseline"], changed) == []
+    assert params(known, ["gift"], changed) == ["gift.enhance_layers=1, 2", "gift.alpha=4"]
+    assert params(known, ["var+gift"], changed)[-1] == "var.code_parity=true"
+    (spec,) = studio.specs(["var+gift"], params(known, ["var+gift"], changed))
+    assert spec.params == {"gift": {"enhance_layers": (1, 2), "alpha": 4}, "var": {"code_parity": True}}

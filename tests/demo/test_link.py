@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from vlm_attn.demo.link import State, from_query, to_query
+
+LIMITS = {"scenes": 500, "longest": 256, "characters": 100}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        State(),
+        State(scene=0, methods=("gift", "var+gift"), params=("gift.alpha=4", "gift.enhance_layers=1, 2"), tokens=9),
+        State(prompt="What is in it?\n& how = many? ünïcode + 100 %", question="Is there a cat?"),
+    ],
+)
+def test_there_and_back(state: State) -> None:
+    assert from_query(to_query(state), **LIMITS) == (state, [])
+
+
+def test_nothing_is_the_start() -> None:
+    assert from_query("", **LIMITS) == (State(), [])
+    assert to_query(State()) == "scene=3&method=baseline&method=gift"
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("scene=500", "scene='500' in the link is not a number from 0 to 499"),
+        ("scene=-1", "scene='-1'"),
+        ("scene=" + "9" * 5000, "not a number"),
+        ("tokens=many", "tokens='many'"),
+        ("method=gfit", "did you mean 'gift'"),
+        ("method=gift&param=gift.alpha=99", "alpha=99 is outside"),
+        ("method=gift&param=gift.alpha=[1", "must be a number"),
+        ("method=gift&param=nonsense", "METHOD.PARAMETER=VALUE"),
+        ("prompt=" + "a" * 101, "longer than 100"),
+    ],
+)
+def test_what_is_wrong_is_said_and_left_out(query: str, message: str) -> None:
+    state, wrong = from_query(query, **LIMITS)
+    assert state == State()
+    assert len(wrong) == 1
+    assert message in wrong[0]

@@ -1,0 +1,262 @@
+"""What the demo computes, without a page."""
+
+from __future__ import annotations
+
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vlm_attn
+from vlm_attn.demo import markup
+from vlm_attn.demo import studio as module
+from vlm_attn.demo.studio import MAX_RUNS, Picture, Run, open_upload, scene_picture
+from vlm_attn.evals.prompts import generate
+from vlm_attn.evals.specs import parse_specs
+
+PROMPT = "Please describe this image in detail."
+
+
+def last(studio: Any, methods: list[str], params: tuple[str, ...] = (), number: int = 3, tokens: int = 40) -> Any:
+    *_, result = studio.describe(scene_picture(number), PROMPT, studio.specs(methods, params), tokens)
+    return result
+
+
+def wanted(studio: Any, label: str, params: tuple[str, ...] = (), number: int = 3, tokens: int = 40) -> str:
+    """The same caption as the command line makes it."""
+    (spec,) = parse_specs([label], [param for param in params if param.split(".")[0] in label])
+    model = studio.shell()
+    with spec.applied(model, studio.processor):
+        return generate(model, studio.processor, [scene_picture(number).image], [PROMPT], tokens)[0][0]
+
+
+class TestDescribe:
+    def test_captions_are_those_of_the_command_line(self, studio: Any) -> None:
+        before = {name: value.clone() for name, value in studio.model.state_dict().items()}
+        params = ("gift.alpha=12", "var.tau=3.5")
+        result = last(studio, ["baseline", "gift", "var", "var+gift"], params)
+        for run in result.runs:
+            assert run.done
+            assert not run.error
+            assert run.text == wanted(studio, run.spec.label, params)
+            assert run.visual == 64
+            assert run.seconds > 0
+        assert result.runs[0].text != result.runs[1].text  # else nothing was compared
+        assert not vlm_attn.is_patched(studio.model)
+        assert all(torch.equal(value, before[name]) for name, value in studio.model.state_dict().items())
+
+    @pytest.mark.usefixtures("slowly")
+    def test_streams(self, studio: Any) -> None:
+        specs = studio.specs(["baseline", "gift"])
+        seen = [[run.text for run in r.runs] for r in studio.describe(scene_picture(2), PROMPT, specs, 40)]
+        assert len(seen) > 1
+        for earlier, later in zip(seen, seen[1:], strict=False):
+            assert all(b.startswith(a) for a, b in zip(earlier, later, strict=True))
+
+    def test_invented_objects_are_found(self, studio: Any) -> None:
+        """Scene 3 has no bear; the bundled model sees one."""
+        result = last(studio, ["baseline"])
+        assert "bear" not in result.picture.objects
+        assert result.runs[0].hallucinated == ["bear"]
+        html = markup.captions(result)
+        assert html.count(' false"') == 1
+        assert 'title="not in the picture">bear<' in html
+        own = Picture(result.picture.image)
+        *_, result = studio.describe(own, PROMPT, studio.specs(["baseline"]), 40)
+        assert result.runs[0].mentions is None
+        assert " false" not in markup.captions(result)
+
+    def test_closing_the_stream_ends_the_generation(self, studio: Any) -> None:
+        threads = threading.active_count()
+        stream = studio.describe(scene_picture(3), PROMPT, studio.specs(["baseline", "gift"]), 200)
+        next(stream)
+        stream.close()
+        assert threading.active_count() == threads
+
+    def test_a_run_that_fails_says_so_and_the_others_go_on(self, studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vlm_attn.hallucination import Gift
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("<b>no</b> memory")
+
+        monkeypatch.setattr(Gift, "prompt_read", fail)
+        result = last(studio, ["baseline", "gift"])
+        assert result.runs[0].text == wanted(studio, "baseline")
+        assert result.runs[1].error == "RuntimeError: <b>no</b> memory"
+        assert "RuntimeError: &lt;b&gt;no" in markup.captions(result)
+
+    def test_twenty_at_once(self, studio: Any) -> None:
+        """Each gets the caption of its own picture and parameters."""
+
+        def visit(number: int) -> tuple[str, ...]:
+            result = last(studio, ["baseline", "gift"], (f"gift.alpha={1 + number % 3}",), number, 12)
+            assert not any(run.error for run in result.runs)
+            return tuple(run.text for run in result.runs)
+
+        with ThreadPoolExecutor(20) as pool:
+            found = list(pool.map(visit, range(20)))
+        for number in (0, 7, 19):
+            params = (f"gift.alpha={1 + number % 3}",)
+            assert found[number] == tuple(wanted(studio, label, params, number, 12) for label in ("baseline", "gift"))
+        assert len(set(found)) > 10
+
+    @pytest.mark.parametrize(
+        ("methods", "params", "message"),
+        [
+            ([], (), "at least one"),
+            (["baseline", *(f"gift{'+var' * n}" for n in range(MAX_RUNS))], (), "At most 6"),
+            (["gfit"], (), "did you mean 'gift'"),
+            (["gift"], ("gift.alpha=99",), "outside"),
+            (["gift"], ("gift.enhance_layers=99",), "layer 99"),
+            (["gift+gift"], (), "applied once"),
+        ],
+    )
+    def test_wrong_methods(self, studio: Any, methods: list[str], params: tuple[str, ...], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            studio.specs(methods, params)
+        assert not vlm_attn.is_patched(studio.model)
+
+    @pytest.mark.parametrize(
+        ("prompt", "tokens", "message"),
+        [
+            ("  ", 5, "prompt is empty"),
+            ("a" * 501, 5, "501 characters"),
+            (PROMPT, 0, "1 to 256"),
+            (PROMPT, 257, "1 to 256"),
+        ],
+    )
+    def test_wrong_prompt(self, studio: Any, prompt: str, tokens: int, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            next(studio.describe(scene_picture(3), prompt, studio.specs(["baseline"]), tokens))
+
+
+class TestLooking:
+    def test_words_look_at_what_they_name(self, studio: Any) -> None:
+        """The model reads objects off the picture: "elephant" and "giraffe" look where they stand."""
+        result = last(studio, ["baseline", "gift"])
+        for number, run in enumerate(result.runs):
+            names = [run.text[start:end] for start, end in run.words]
+            for name, (x, y) in {"elephant": (129, 134), "giraffe": (41, 120)}.items():
+                image, sentence = studio.look(result, number, names.index(name))
+                assert image.size == (448, 448)
+                assert sentence.startswith(f'"{name}" ({run.spec.label}): ')
+                assert run.gaze is not None
+                row = studio._tokens_of(run, *run.words[names.index(name)])
+                assert [studio.processor.tokenizer.decode([run.ids[token]]) for token in row] == [name]
+                place = run.gaze[row].mean(0)
+                top = int(place.argmax())
+                assert abs(top % 8 - x // 28) <= 1
+                assert abs(top // 8 - y // 28) <= 1
+        assert not torch.equal(result.runs[0].gaze[:3], result.runs[1].gaze[:3])
+
+    def test_words_of_two_tokens_and_tokens_of_two_words(self, studio: Any) -> None:
+        ids = studio.processor.tokenizer("a tennis racket, a dog", add_special_tokens=False)["input_ids"]
+        run = Run(parse_specs(["baseline"])[0], 64, ids, "a tennis racket, a dog", gaze=torch.zeros(len(ids), 8, 8))
+        assert [studio._tokens_of(run, *span) for span in run.words] == [[0], [1], [1], [3], [4]]
+
+    def test_maps(self, studio: Any) -> None:
+        result = last(studio, ["baseline", "gift", "var"], ("var.tau=3.5", "gift.saliency_layers=2"))
+        image, sentence = studio.saliency(result)
+        inputs = studio._inputs(result.picture, PROMPT)
+        shell = studio.shell()
+        (values,) = vlm_attn.saliency(shell, inputs, processor=studio.processor, saliency_layers=2)
+        assert np.array_equal(np.asarray(image), np.asarray(studio._over(result.picture.image, values, scale=False)))
+        assert PROMPT in sentence
+        image, sentence = studio.sinks(result)
+        (values,) = vlm_attn.sinks(shell, inputs, processor=studio.processor, tau=3.5)
+        assert f"{int((values > 0).sum())} of 64 image tokens" in sentence or "No image token" in sentence
+        assert "No image token is a sink" in studio.sinks(last(studio, ["baseline"]))[1]
+
+    def test_wrong_word(self, studio: Any) -> None:
+        result = last(studio, ["baseline"], tokens=3)
+        for run, word in ((0, 99), (1, 0), (0, -1)):
+            with pytest.raises(ValueError, match="not there any more"):
+                studio.look(result, run, word)
+
+
+class TestAsk:
+    def test_yes_and_no(self, studio: Any) -> None:
+        specs = studio.specs(["baseline", "gift"])
+        for thing, truth in (("elephant", "yes"), ("toilet", "no")):
+            answers = studio.ask(scene_picture(3), f"Is there a {thing} in the image?", specs)
+            assert [(a.label, a.says, a.truth) for a in answers] == [("baseline", truth, truth), ("gift", truth, truth)]
+            assert f"right (the truth: {truth})" in markup.answers(answers)
+
+    def test_truth_is_only_said_where_it_is_known(self, studio: Any) -> None:
+        specs = studio.specs(["baseline"])
+        picture = scene_picture(3)
+        (answer,) = studio.ask(picture, PROMPT, specs)
+        assert (answer.says, answer.truth) == ("unclear", "")
+        (answer,) = studio.ask(Picture(picture.image), "Is there a dog in the image?", specs)
+        assert answer.truth == ""
+        with pytest.raises(ValueError, match="question is empty"):
+            studio.ask(picture, " ", specs)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+class TestUpload:
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+    def test_pictures(self, tmp_path: Path, kind: str) -> None:
+        file = tmp_path / "any name"
+        file.write_bytes(encoded(Image.new("RGB", (30, 20), (200, 30, 30)), kind))
+        image = open_upload(file)
+        assert (image.mode, image.size) == ("RGB", (30, 20))
+        assert image.getpixel((3, 3))[0] > 150
+
+    def test_upright_and_small(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[274] = 6  # turned by a quarter
+        file = tmp_path / "a.jpg"
+        file.write_bytes(encoded(Image.new("L", (5000, 2500)), "JPEG", exif=exif))
+        assert open_upload(file).size == (1024, 2048)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "no picture"),
+            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture"),
+            (b"%PDF-1.4", "no picture"),
+            (encoded(Image.effect_noise((60, 60), 90), "PNG")[:900], "cut off or broken"),
+            (encoded(Image.effect_noise((60, 60), 90), "JPEG")[:700], "cut off or broken"),
+            (encoded(Image.new("RGB", (4, 4)), "TIFF"), "no picture"),
+            (encoded(Image.new("1", (8000, 8000)), "PNG"), "8000 x 8000 pixels"),
+            (encoded(Image.new("1", (20000, 20000)), "PNG"), "broken|pixels"),
+            (encoded(Image.new("RGB", (200, 4)), "PNG"), "too narrow"),
+            (b"\x89PNG" + b"0" * module.MAX_BYTES, "at most 10 MB"),
+        ],
+    )
+    def test_what_is_refused(self, tmp_path: Path, content: bytes, message: str) -> None:
+        file = tmp_path / "a.png"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message) as error:
+            open_upload(file)
+        assert str(tmp_path) not in str(error.value)
+
+    def test_gone(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="not there any more"):
+            open_upload(tmp_path / "none.png")
+
+    @pytest.mark.parametrize("number", [-1, 500])
+    def test_scenes(self, number: int) -> None:
+        with pytest.raises(ValueError, match="scenes 0 to 499"):
+            scene_picture(number)
+
+
+def test_markup_escapes_what_others_wrote(studio: Any) -> None:
+    run = Run(studio.specs(["baseline"])[0], 64, [1], "<script>alert('x')</script> & more", 1.0, True)
+    html = markup.captions(module.Result(Picture(Image.new("RGB", (4, 4)), ("<i>",)), PROMPT, [run]))
+    assert "<script" not in html
+    assert "&lt;<button" in html
+    assert "&lt;i&gt;" in html
+    assert "<b>x" not in markup.answers([module.Answer("baseline", "<b>x", "no", "")])
