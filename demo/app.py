@@ -160,6 +160,14 @@ def build(studio: Studio) -> gr.Blocks:
     def sinks(result: Result | None) -> Any:
         return studio.sinks(needs(result))
 
+    @told
+    def kept(result: Result | None) -> Any:
+        return studio.kept(needs(result))
+
+    def used(methods: list[str]) -> list[Any]:
+        names = {name for run in methods for name in run.split("+")}
+        return [gr.Accordion(visible=name in names) for name in studio.controls]
+
     def show_scene(scene: float | None) -> Any:
         return gr.skip() if scene is None or not 0 <= scene < SCENES else scene_picture(int(scene)).image
 
@@ -224,18 +232,21 @@ def build(studio: Studio) -> gr.Blocks:
                 )
             with gr.Column(scale=3, min_width=300):
                 methods = gr.Dropdown(
-                    ["baseline", *studio.controls, *(["+".join(studio.controls)] if len(studio.controls) == 2 else [])],
+                    ["baseline", *studio.controls],
                     value=list(start.methods),
                     multiselect=True,
                     allow_custom_value=True,
                     label="Methods",
-                    info="Two or more to compare; baseline is the plain model, gift+var is both together.",
+                    info="Two or more to compare. baseline is the plain model; write gift+var for two together.",
                     elem_id="methods",
                 )
                 with gr.Accordion("Parameters", open=False, elem_id="parameters"):
-                    fields = []
+                    fields, groups = [], []
                     for name, controls in studio.controls.items():
-                        with gr.Accordion(name, open=False):
+                        with gr.Accordion(name, open=False, visible=name in start.methods) as group:
+                            groups.append(group)
+                            if not controls:
+                                gr.Markdown("No parameters.")
                             fields += [component(control) for control in controls]
                 with gr.Tab("Describe"):
                     with gr.Row():
@@ -253,6 +264,7 @@ def build(studio: Studio) -> gr.Blocks:
                     with gr.Row():
                         by_gift = gr.Button("Saliency of the prompt (gift)", size="sm")
                         by_var = gr.Button("Sinks (var)", size="sm")
+                        by_kept = gr.Button("Kept tokens", size="sm")
                     overlay = gr.Image(
                         label="Attention", height=380, format="png", buttons=["fullscreen"], elem_id="overlay"
                     )
@@ -296,6 +308,8 @@ def build(studio: Studio) -> gr.Blocks:
         shown.select(look, result, [overlay, sentence], api_visibility="private", **limited)
         by_gift.click(saliency, result, [overlay, sentence], api_name="saliency", **limited)
         by_var.click(sinks, result, [overlay, sentence], api_name="sinks", **limited)
+        by_kept.click(kept, result, [overlay, sentence], api_name="kept", **limited)
+        methods.change(used, methods, groups, show_progress="hidden", queue=False, api_visibility="private")
         page.load(
             restore, query, parts, js="() => location.search.slice(1)", show_progress="hidden", api_visibility="private"
         )

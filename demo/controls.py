@@ -68,18 +68,19 @@ class Control:
 
 
 def parameter_help(cls: type) -> dict[str, str]:
-    """The lines under ``Attributes:`` of a class's docstring by name, each as one paragraph."""
+    """The lines under ``Attributes:`` of a class's docstring and its bases' by name, each as one paragraph."""
     found: dict[str, str] = {}
-    _, _, block = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
-    name = ""
-    for line in block.splitlines():
-        if line and not line.startswith(" "):
-            break
-        entry = re.match(r" {4}(\w+): (.*)", line)
-        if entry:
-            name, found[entry[1]] = entry[1], entry[2].strip()
-        elif name and line.strip():
-            found[name] += " " + line.strip()
+    for base in reversed(cls.__mro__):
+        _, _, block = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        name = ""
+        for line in block.splitlines():
+            if line and not line.startswith(" "):
+                break
+            entry = re.match(r" {4}(\w+): (.*)", line)
+            if entry:
+                name, found[entry[1]] = entry[1], entry[2].strip()
+            elif name and line.strip():
+                found[name] += " " + line.strip()
     return found
 
 

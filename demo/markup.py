@@ -66,7 +66,9 @@ def _box(run: Run, number: int, done: bool) -> str:
         parts.append(f'<p class="facts">Not in the picture: {escape(", ".join(run.hallucinated))}</p>')
     if run.done and run.ids:
         speed = len(run.ids) / max(run.seconds, 1e-9)
-        parts.append(f'<p class="facts">{len(run.ids)} tokens, {speed:.0f} tokens/s, {run.visual} visual tokens</p>')
+        left = f" ({len(run.kept.index)} kept)" if run.kept is not None else ""
+        facts = f"{len(run.ids)} tokens, {speed:.0f} tokens/s, {run.visual} visual tokens{left}"
+        parts.append(f'<p class="facts">{facts}</p>')
     return f'<section class="run" aria-label="{escape(run.spec.label)}">{"".join(parts)}</section>'
 
 

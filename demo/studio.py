@@ -30,6 +30,8 @@ from vlm_attn.evals.chair import coco_vocabulary
 from vlm_attn.evals.prompts import build_inputs
 from vlm_attn.evals.specs import MethodSpec, parse_specs
 from vlm_attn.families import image_token_ids
+from vlm_attn.patching import engine_of
+from vlm_attn.reduction import KeptImage
 
 MAX_BYTES = 10 * 2**20
 MAX_PIXELS = 40_000_000
@@ -67,6 +69,7 @@ class Run:
         error: what went wrong, as a sentence.
         mentions: objects it names: text, category, start, end, hallucinated; None where the truth is unknown.
         gaze: attention ``[T, h, w]`` of every token, once it was asked for.
+        kept: which image tokens it kept, None where its methods keep all.
     """
 
     spec: MethodSpec
@@ -78,6 +81,7 @@ class Run:
     error: str = ""
     mentions: list[dict[str, Any]] | None = None
     gaze: Tensor | None = None
+    kept: KeptImage | None = None
 
     @property
     def hallucinated(self) -> list[str]:
@@ -293,6 +297,8 @@ class Studio:
                     streamer=_Tokens(run.ids),
                     stopping_criteria=[_Stop(stop)],
                 )
+                if run.spec.names and engine_of(shell).reduces:
+                    run.kept = vlm_attn.kept(shell)[0]
         except Exception as error:  # it must reach the page, whatever it is: this thread has nobody else to tell
             run.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
         run.seconds, run.done = time.perf_counter() - start, True
@@ -369,6 +375,23 @@ class Studio:
         if not count:
             text = "No image token is a sink at this tau (var)."
         return self._over(result.picture.image, values, scale=False), text
+
+    def kept(self, result: Result) -> tuple[Image.Image, str]:
+        """The image tokens that are left, for every run that keeps fewer, side by side.
+
+        Raises:
+            ValueError: no run does.
+        """
+        runs = [(run, run.kept) for run in result.runs if run.kept is not None]
+        if not runs:
+            raise ValueError("All runs kept all image tokens: choose a method that keeps fewer, such as divprune.")
+        shown = [self._over(result.picture.image, left.mask.float(), scale=False) for _, left in runs]
+        width, height = shown[0].size
+        row = Image.new("RGB", (len(shown) * (width + 8) - 8, height), (128, 128, 128))
+        for place, image in enumerate(shown):
+            row.paste(image, (place * (width + 8), 0))
+        counts = [f"{run.spec.label} {len(left.index)} of {left.total}" for run, left in runs]
+        return row, f"Kept image tokens, from left to right: {', '.join(counts)}."
 
     @contextlib.contextmanager
     def _single(self, name: str, result: Result) -> Iterator[Any]:

@@ -144,15 +144,20 @@ def gaze(model: nn.Module, inputs: Mapping[str, Any], answer: Sequence[int], **o
         call = engine.call
         assert call is not None
         calls[:] = [call]
+        left = call.reduction.layers.get(layer) if call.reduction is not None else None
+        if left is None or left.columns is None:
+            columns = torch.arange(value.shape[2], device=value.device) + offset
+        else:
+            columns = left.keys(left.dropped + value.shape[2])[0]
+        visual = torch.nn.functional.pad(call.prompt.visual[0], (0, 1))
+        keys = visual[columns.clamp_max(call.prompt.length)].nonzero().flatten()
         row = torch.zeros(call.prompt.length, device=value.device)
-        columns = call.prompt.visual[0].nonzero().flatten()
-        columns = columns[columns >= offset]  # the others have left a sliding layer's window
-        # Attention to a column is what comes out where its value is 1 and all others are 0: as many columns at a
-        # time as values have numbers, so that every kernel takes them.
-        for part in columns.split(value.shape[-1]):
+        # Attention to a key is what comes out where its value is 1 and all others are 0: as many keys at a time as
+        # values have numbers, so that every kernel takes them.
+        for part in keys.split(value.shape[-1]):
             chosen = torch.zeros_like(value)
-            chosen[:, :, part - offset, torch.arange(len(part), device=part.device)] = 1
-            row[part] = attend(chosen)[0, :, -1, : len(part)].float().mean(0)
+            chosen[:, :, part, torch.arange(len(part), device=part.device)] = 1
+            row[columns[part]] = attend(chosen)[0, :, -1, : len(part)].float().mean(0)
         seen.setdefault(layer, []).append(row)
 
     before = engine.methods

@@ -173,6 +173,27 @@ class TestLooking:
         assert f"{int((values > 0).sum())} of 64 image tokens" in sentence or "No image token" in sentence
         assert "No image token is a sink" in studio.sinks(last(studio, ["baseline"]))[1]
 
+    def test_kept_tokens(self, studio: Any) -> None:
+        result = last(studio, ["baseline", "random", "divprune+gift"], ("random.keep=16", "divprune.keep=0.25"))
+        assert [run.kept is not None for run in result.runs] == [False, True, True]
+        image, sentence = studio.kept(result)
+        assert image.size == (2 * 448 + 8, 448)
+        assert "random 16 of 64, divprune+gift 16 of 64" in sentence
+        assert markup.captions(result).count("64 visual tokens (16 kept)") == 2
+        for run, word in ((1, 0), (2, 1)):
+            studio.look(result, run, word)
+            assert not result.runs[run].gaze[:, ~result.runs[run].kept.mask].any()
+        with pytest.raises(ValueError, match="kept all image tokens"):
+            studio.kept(last(studio, ["baseline", "gift"], tokens=2))
+
+    @pytest.mark.parametrize("name", sorted(vlm_attn.methods()))
+    def test_every_method(self, studio: Any, name: str) -> None:
+        """Each one writes, on the bundled model, something that can be looked into."""
+        params = ("vtw.layer=3",) if name == "vtw" else ()  # its default is a layer of a larger model
+        result = last(studio, [name], params, tokens=8)
+        assert result.runs[0].text == wanted(studio, name, params, tokens=8)
+        assert studio.look(result, 0, 1)[0].size == (448, 448)
+
     def test_wrong_word(self, studio: Any) -> None:
         result = last(studio, ["baseline"], tokens=3)
         for run, word in ((0, 99), (1, 0), (0, -1)):

@@ -73,6 +73,24 @@ class TestGaze:
         assert [maps.shape for maps in found] == [(3, 3, 3), (3, 3, 3)]
         close(torch.cat([maps.flatten(1) for maps in found], 1), rows[:, visual], 1e-4)
 
+    @pytest.mark.parametrize("method", ["random", "divprune", "downsample", "fastv"])
+    def test_fewer_tokens(self, method: str) -> None:
+        """What is gone is not looked at, and it does not matter whether it was dropped or hidden."""
+        model, inputs = tiny.llava()
+        x = inputs([[3, "image", 9]])
+        answer, _ = by_hand(model, x, lambda layer, probability: probability, 4)
+        found = {}
+        for mode in ("drop", "mask"):
+            with vlm_attn.patched(model, method, keep=4, mode=mode):
+                (found[mode],) = vlm_attn.gaze(model, x, answer)
+                (left,) = vlm_attn.kept(model)
+        close(found["drop"], found["mask"], 1e-4)
+        if method == "fastv":  # its first layers still see all
+            differ(found["drop"], vlm_attn.gaze(model, x, answer)[0])
+        else:
+            assert not found["drop"][:, ~left.mask].any()
+            assert found["drop"][:, left.mask].all()
+
     def test_wrong_input(self) -> None:
         model, inputs = tiny.llava()
         x = inputs([[3, "image", 9]])
