@@ -9,9 +9,10 @@ Three stages, each with a constant learning rate that falls to zero over the las
 3. `language`: captions and questions, the tower frozen (or until `--unfreeze` of the steps are done).
 
 Variants of the language stage: `--mask` says who may attend to whom (causal; mma: image tokens also see the question
-behind them; prefix-lm: the whole prompt sees itself; vision-block: the image sees itself), `--objective
-masked-diffusion` trains to fill in masked answers instead of the next token, and `--start MODEL` begins from a
-finished model (`scenes` is the bundled one). Where image tokens see the question every turn is a row of its own.
+behind them; prefix-lm: the whole prompt sees itself; vision-block: the image sees itself; full: all see all, for
+masked diffusion), `--objective masked-diffusion` trains to fill in masked answers instead of the next token, and
+`--start MODEL` begins from a finished model (`scenes` is the bundled one). Where image tokens see the question every
+turn is a row of its own.
 
 Batches are a function of seed, stage and step, so a resumed run goes on as if it had not stopped. To end a stage
 early, resume it with `--steps` of about 1.25 times the steps done: the rate then falls from there. Only scenes of
@@ -52,6 +53,7 @@ MASKS = {
     "mma": masks.modality_mutual,
     "prefix-lm": masks.prefix_lm,
     "vision-block": masks.vision_block,
+    "full": masks.full,  # masked-diffusion only: next tokens would be in sight
 }
 OBJECTIVES = ("ar", "masked-diffusion")
 
@@ -80,7 +82,9 @@ class Settings:
         for name, known in (("mask", MASKS), ("objective", OBJECTIVES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: there are {', '.join(known)}")
-        if self.mask in ("mma", "prefix-lm"):  # keys and values of the image then hold one question
+        if self.mask == "full" and self.objective == "ar":
+            raise ValueError("mask='full' shows the next tokens: it goes with objective='masked-diffusion' only")
+        if self.mask in ("mma", "prefix-lm", "full"):  # keys and values of the image then hold one question
             object.__setattr__(self, "one_turn", True)
 
     @property
@@ -95,7 +99,7 @@ def build_model(settings: Settings) -> LlavaForConditionalGeneration:
     tokens = text.vocabulary(mask_token=diffusion)
     width = settings.width
     # So that a finished folder says how it has to be run.
-    trained = {"trained_mask": settings.mask} if settings.mask != "causal" else {}
+    trained: dict[str, Any] = {"trained_mask": settings.mask} if settings.mask != "causal" else {}
     trained |= {"trained_objective": settings.objective} if diffusion else {}
     vision = CLIPVisionConfig(
         hidden_size=width,
@@ -777,6 +781,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own)")
     parser.add_argument("--check-every", type=int, default=500, help="language steps between looks; 0 for none")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     a = parser.parse_args(arguments)
     together = "WORLD_SIZE" in os.environ
@@ -806,7 +811,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     )
     stages = STAGES if "all" in a.stage else tuple(a.stage)
     start = None if a.start is None else model_path() if a.start == "scenes" else Path(a.start)
-    model = train(settings, a.out, stages, resume=a.resume, start=start, check_every=a.check_every, workers=a.workers)
+    model = train(
+        settings,
+        a.out,
+        stages,
+        resume=a.resume,
+        start=start,
+        check_every=a.check_every,
+        log_every=a.log_every,
+        workers=a.workers,
+    )
     if stages[-1] == "language" and not (together and distributed.get_rank()):
         export(model, settings, a.out / "model")
 

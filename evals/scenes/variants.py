@@ -57,7 +57,7 @@ def evaluate(
             asked = [(ids.index(s.image_id), s.prompt) for s in part]
             said = train.greedy(model, coder, pictures, asked, mask=settings.mask, max_new_tokens=length)
             for sample, tokens in zip(part, said, strict=True):
-                answer = coder.tokenizer.decode(tokens, skip_special_tokens=True)
+                answer = str(coder.tokenizer.decode(tokens, skip_special_tokens=True))
                 score = task.score(sample, answer)
                 records.append({"image_id": sample.image_id, **sample.facts, "answer": answer, "score": score})
         metrics = task.summarise(records)
@@ -163,7 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and figures")
-    parser.add_argument("--masks", nargs="+", choices=tuple(train.MASKS), default=["causal", "mma"])
+    parser.add_argument(
+        "--masks", nargs="+", choices=[m for m in train.MASKS if m != "full"], default=["causal", "mma"]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=100, help="language steps of a run")
     parser.add_argument("--images", type=int, default=200, help="validation scenes")

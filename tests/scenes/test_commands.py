@@ -126,6 +126,7 @@ def test_wrong_input_is_one_line(tmp_path):
         (["stats", "--of", "unicorn", "--limit", 5], "no category 'unicorn'"),
         (["train", "--out", tmp_path, "--mask", "maa"], "--mask"),
         (["train", "--out", tmp_path, "--objective", "bert"], "--objective"),
+        (["train", "--out", tmp_path, "--mask", "full"], "mask='full' shows the next tokens"),
         (["train"], "--out"),
         (["train", "--out", tmp_path, "--resume"], "no checkpoint"),
         (["train", "--out", tmp_path, "--start", tmp_path / "none", "--stage", "language"], "no finished model"),

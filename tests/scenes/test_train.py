@@ -132,6 +132,9 @@ def test_masks_open_what_they_say():
     assert torch.equal(opened("mma"), visual[:, None] & question[None])
     assert torch.equal(opened("vision-block"), visual[:, None] & visual[None] & later)
     assert torch.equal(opened("prefix-lm"), ~answer[None] & later)
+    every = torch.ones_like(later) & ~torch.ones_like(later).tril()
+    assert torch.equal(opened("full", "masked-diffusion"), every)
+    assert torch.equal(opened("prefix-lm", "masked-diffusion"), (answer[:, None] | ~answer[None]) & later)
     assert torch.equal(opened("causal", "masked-diffusion"), answer[:, None] & answer[None] & later)
 
 
@@ -150,8 +153,9 @@ def test_the_picture_sees_no_question_of_another_turn():
     assert row.groups.count(int(Group.QUERY)) == 2
 
 
-@pytest.mark.parametrize("objective", train.OBJECTIVES)
-@pytest.mark.parametrize("mask", train.MASKS)
+@pytest.mark.parametrize(
+    ("mask", "objective"), [(m, o) for m in train.MASKS for o in train.OBJECTIVES if (m, o) != ("full", "ar")]
+)
 def test_every_variant_trains_and_resumes(tmp_path, mask, objective):
     run(tmp_path, ("tower",), stop_at=1)
     settings = dataclasses.replace(TINY, mask=mask, objective=objective)
@@ -225,6 +229,8 @@ def test_masked_diffusion_learns_a_batch():
 def test_wrong_settings_and_starts(tmp_path):
     with pytest.raises(ValueError, match="mask='maa': there are causal, mma"):
         train.Settings(mask="maa")
+    with pytest.raises(ValueError, match="mask='full' shows the next tokens"):
+        train.Settings(mask="full")
     with pytest.raises(ValueError, match="objective='bert'"):
         train.Settings(objective="bert")
     with pytest.raises(FileNotFoundError, match="no finished model"):
