@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from vlm_attn.method import layer_tuple
-from vlm_attn.reduction import Keep, Picture, Reducer, kept_count
+from vlm_attn.method import Method, ModelFacts, layer_tuple
+from vlm_attn.reduction import Keep, Picture, Reducer, kept_count, scaled
+
+PUBLISHED = (8, 16, 24)  # of 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,7 @@ class PyramidDrop(Reducer):
     """Keep what the last prompt token is about to attend to, fewer at every stage.
 
     Attributes:
-        layers: the layers before which tokens go; the paper's for 32 layers.
+        layers: the layers before which tokens go; empty = 8, 16 and 24 of 32 as in the paper, scaled to the model's depth.
         keep: what is left after the last stage. Every stage keeps the same share of the one before: 0.125 over three
             stages is the paper's 50, 25, 12.5 %.
 
@@ -29,14 +31,19 @@ class PyramidDrop(Reducer):
     paper: ClassVar[str] = "PyramidDrop, arXiv 2410.17247"
     reads_ahead: ClassVar[bool] = True
 
-    layers: tuple[int, ...] = (8, 16, 24)
+    layers: tuple[int, ...] = ()
     keep: Keep = 0.125
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        layer_tuple(self, "layers")
-        if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 1:
+        if self.layers != ():
+            layer_tuple(self, "layers")
+        if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=1) < 1:
             raise ValueError(f"pyramid_drop: layers={self.layers} must be ascending and begin at 1 or later")
+
+    def bind(self, facts: ModelFacts) -> Method:
+        """The paper's layers, unless others are given."""
+        return Reducer.bind(replace(self, layers=self.layers or scaled(PUBLISHED, facts.layers)), facts)
 
     @property
     def stages(self) -> tuple[int, ...]:

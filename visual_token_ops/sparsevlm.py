@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlm_attn.call import Call
-from vlm_attn.method import check_range, layer_tuple
-from vlm_attn.reduction import Keep, Picture, Reducer, highest, kept_count
+from vlm_attn.method import Method, ModelFacts, check_range, layer_tuple
+from vlm_attn.reduction import Keep, Picture, Reducer, highest, kept_count, scaled
 from vlm_attn.visual_token_ops.visionzip import others
 
+RATING = (2, 6, 15)  # layers, of 32
 # Tokens left after each of three stages, of 576, by mean budget: the paper's lists.
 PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 
@@ -22,7 +23,8 @@ class SparseVLM(Reducer):
     """Keep what the text tokens that belong to the image attend to, in several layers.
 
     Attributes:
-        layers: layers whose attention rates; tokens go before the next one.
+        layers: layers whose attention rates; tokens go before the next one. Empty = 2, 6 and 15 of 32 as in the paper,
+            scaled to the model's depth.
         keep: the mean budget, as the paper counts it (192, 128, 96 or 64 of 576): its list of tokens per stage is used. For
             anything between, the nearest list is scaled; with another number of layers, ``keep`` is left after the last
             one and the stages before it go down evenly.
@@ -37,18 +39,23 @@ class SparseVLM(Reducer):
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "SparseVLM, arXiv 2410.04417"
 
-    layers: tuple[int, ...] = (2, 6, 15)
+    layers: tuple[int, ...] = ()
     keep: Keep = 1 / 3
     recycle: float = 0.3
     clusters: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        layer_tuple(self, "layers")
-        if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+        if self.layers != ():
+            layer_tuple(self, "layers")
+        if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
             raise ValueError(f"sparsevlm: layers={self.layers} must be ascending and begin at 0 or later")
         check_range(self, "recycle", 0, 1)
         check_range(self, "clusters", 0, 1)
+
+    def bind(self, facts: ModelFacts) -> Method:
+        """The paper's layers, unless others are given."""
+        return Reducer.bind(replace(self, layers=self.layers or scaled(RATING, facts.layers)), facts)
 
     @property
     def stages(self) -> tuple[int, ...]:

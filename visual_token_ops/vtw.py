@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vlm_attn.method import check_range
-from vlm_attn.reduction import Keep, Reducer
+from vlm_attn.method import Method, ModelFacts, check_range
+from vlm_attn.reduction import Keep, Reducer, scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,14 +14,14 @@ class VTW(Reducer):
     """Withdraw all visual tokens before layer K.
 
     Attributes:
-        layer: K; the paper takes 15 of 32 for LLaVA-1.5-7B. At least 1.
+        layer: K, at least 1; 0 = the paper's 15 of 32 (LLaVA-1.5-7B), scaled to the model's depth.
         keep: 0.0 takes them all, 1.0 takes none; there is nothing in between.
     """
 
     name: ClassVar[str] = "vtw"
     paper: ClassVar[str] = "VTW, arXiv 2405.05803"
 
-    layer: int = 15
+    layer: int = 0
     keep: Keep = 0.0
 
     def check(self) -> None:
@@ -29,7 +29,11 @@ class VTW(Reducer):
         if self.keep not in (0.0, 1.0):
             raise ValueError(f"vtw: keep={self.keep!r}: it takes all visual tokens (0.0) or none (1.0)")
         object.__setattr__(self, "keep", float(self.keep))
-        check_range(self, "layer", 1, 10_000)
+        check_range(self, "layer", 0, 10_000)
+
+    def bind(self, facts: ModelFacts) -> Method:
+        """The paper's layer, unless another is given."""
+        return Reducer.bind(replace(self, layer=self.layer or scaled((15,), facts.layers)[0]), facts)
 
     @property
     def stages(self) -> tuple[int, ...]:

@@ -169,6 +169,11 @@ def kept_count(keep: Keep, total: int) -> int:
     return max(int(keep > 0), int(keep * total + 0.5))
 
 
+def scaled(of_32: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Layers of a 32-layer model at the same depth of another, none of them the first: ``round(layer * layers / 32)``."""
+    return tuple(dict.fromkeys(max(1, round(layer * layers / 32)) for layer in of_32))
+
+
 def check_keep(method: Method, name: str, keep: Any) -> None:
     """Refuse what is neither a ratio in (0, 1] nor a count.
 

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import vlm_attn
-from vlm_attn import reduction, visual_token_ops
+from vlm_attn import reduction, registry, visual_token_ops
 from vlm_attn.evals.bench.flops import prefill_flops
 from vlm_attn.evals.bench.overhead import _Clock, _summary, build_model
 
@@ -33,21 +33,10 @@ REDUCERS = ("random", "downsample", "divprune", "visionzip", "prumerge", "holov"
 
 
 def reducer(name: str, keep: float, layers: int) -> Any:
-    """A reducer as it is measured. Layers scale with those of LLaVA-1.5-7B, which has 32."""
-
-    def scaled(*of_32: int) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(max(1, round(layer * layers / 32)) for layer in of_32))
-
-    match name:
-        case "fastv":
-            return visual_token_ops.FastV(layer=scaled(3)[0], keep=keep)
-        case "pyramid_drop":
-            return visual_token_ops.PyramidDrop(layers=scaled(8, 16, 24), keep=keep)
-        case "sparsevlm":
-            return visual_token_ops.SparseVLM(layers=scaled(2, 6, 15), keep=keep)
-        case "vtw":
-            return visual_token_ops.VTW(layer=scaled(15)[0])
-    return vlm_attn.methods()[name].cls(keep=keep)  # type: ignore[call-arg]
+    """A reducer as it is measured. FastV's K is 3 of 32 layers, at the same depth; the others scale by themselves."""
+    if name == "fastv":
+        return visual_token_ops.FastV(layer=reduction.scaled((3,), layers)[0], keep=keep)
+    return registry.build(name, keep=keep)
 
 
 def columns_per_layer(model: Any, columns: int, layers: int) -> list[int]:

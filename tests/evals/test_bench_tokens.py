@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from vlm_attn.evals.bench import tokens
 from vlm_attn.evals.bench.flops import layer_flops, prefill_flops
 from vlm_attn.evals.bench.overhead import build_model
+from vlm_attn.method import ModelFacts
 
 
 def test_flops_are_those_of_the_matrices():
@@ -44,7 +45,8 @@ def test_prefill_falls_with_the_columns():
 @pytest.mark.parametrize("name", [*tokens.REDUCERS, "vtw"])
 def test_every_reducer_scales_to_any_depth(name):
     for layers in (4, 12, 32):
-        method = tokens.reducer(name, 0.25, layers)
+        facts = ModelFacts(model_type="llava", layers=layers, heads=1, hidden=64)
+        method = tokens.reducer(name, 0.25 if name != "vtw" else 0.0, layers).bind(facts)
         assert method.name == name
         assert max(method.stages) < layers
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests import tiny
 from tests.helpers import Inputs, close
-from vlm_attn.reduction import Picture, cls_attention, highest, kept_count
+from vlm_attn.method import ModelFacts
+from vlm_attn.reduction import Picture, cls_attention, highest, kept_count, scaled
 from vlm_attn.visual_token_ops import (
     VTW,
     DivPrune,
@@ -27,6 +28,8 @@ from vlm_attn.visual_token_ops.divprune import cosine_distance, farthest
 from vlm_attn.visual_token_ops.downsample import centres, smaller
 from vlm_attn.visual_token_ops.holov import quota
 from vlm_attn.visual_token_ops.sparsevlm import density_peaks, raters
+
+FACTS = ModelFacts(model_type="llava", layers=32, heads=32, hidden=4096)
 
 
 def picture(n: int = 16, count: int = 4, seed: int = 0, **given: Any) -> Picture:
@@ -72,7 +75,8 @@ class TestCounts:
 
     @pytest.mark.parametrize(("keep", "left"), [(0.125, [288, 144, 72]), (72, [288, 144, 72]), (1 / 27, [192, 64, 21])])
     def test_pyramid(self, keep: float, left: list[int]) -> None:
-        method = PyramidDrop(keep=keep)
+        method = PyramidDrop(keep=keep).bind(FACTS)
+        assert isinstance(method, PyramidDrop)
         assert [method.left(stage, 576) for stage in range(3)] == left
         assert method.stages == (8, 16, 24)
 
@@ -81,7 +85,8 @@ class TestCounts:
         [(192, [300, 200, 110]), (128, [303, 110, 36]), (96, [238, 48, 26]), (64, [66, 30, 17]), (32, [33, 15, 9])],
     )
     def test_sparsevlm(self, keep: int, left: list[int]) -> None:
-        method = SparseVLM(keep=keep)
+        method = SparseVLM(keep=keep).bind(FACTS)
+        assert isinstance(method, SparseVLM)
         assert method.left(0, 576) == 576
         assert [method.left(stage, 576) for stage in (1, 2, 3)] == left
         assert method.stages == (0, 3, 7, 16)
@@ -233,7 +238,13 @@ class TestInside:
         p = picture()
         assert FastV().choose(p).tolist() == highest(p.rows.mean((0, 1)), 4).tolist()  # type: ignore[union-attr]
         assert (FastV().stages, FastV().read_layers) == ((3,), (2,))
-        assert (VTW().stages, VTW().left(0, 576)) == ((15,), 0)
+        vtw = VTW().bind(FACTS)
+        assert isinstance(vtw, VTW)
+        assert (vtw.stages, vtw.left(0, 576)) == ((15,), 0)
+
+    @pytest.mark.parametrize(("layers", "found"), [(32, (2, 6, 15)), (28, (2, 5, 13)), (6, (1, 3)), (80, (5, 15, 38))])
+    def test_depth(self, layers: int, found: tuple[int, ...]) -> None:
+        assert scaled((2, 6, 15), layers) == found
 
     def test_raters(self) -> None:
         image = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
