@@ -20,6 +20,7 @@ else:
     from vlm_attn.kernels.dispatch import combine, edited_attention, segmented_attention
     from vlm_attn.kernels.edited import Edit, Policy, attention_rows, one_hot_segments
     from vlm_attn.kernels.groups import Group
+    from vlm_attn.kernels.prefill import Score, masked_attention
     from vlm_attn.kernels.probe import Probe, probe
 
     __all__ = [
@@ -27,9 +28,11 @@ else:
         "Group",
         "Policy",
         "Probe",
+        "Score",
         "attention_rows",
         "combine",
         "edited_attention",
+        "masked_attention",
         "masks",
         "one_hot_segments",
         "probe",

@@ -34,6 +34,8 @@ class Facts(NamedTuple):
     softcap: bool = False
     edits: int = 1
     segments: int = 1
+    score: bool = False
+    lse: bool = False
 
 
 class Backend(NamedTuple):
@@ -120,7 +122,10 @@ def _segmented_refuses(facts: Facts) -> str | None:
 
 
 def _sdpa_refuses(facts: Facts) -> str | None:
-    return "softcap is set, which scaled_dot_product_attention does not have" if facts.softcap else None
+    for name in ("softcap", "score", "lse"):
+        if getattr(facts, name):
+            return f"{name} is asked for, which scaled_dot_product_attention does not have"
+    return None
 
 
 def _fits(facts: Facts) -> None:

@@ -1,8 +1,7 @@
 """Who may attend to whom: masks over token groups and columns, defined once for every backend.
 
-A mask is an OR of clauses, a clause an AND of tests, a test a small function of the group, column and image of row and key.
-Because a mask is such a value and no closure, the same one fills a matrix here, is compiled into a kernel, and draws
-itself.
+A mask is an OR of clauses, a clause an AND of tests of the group, column and image of row and key. Because a mask is such a
+value and no closure, the same one fills a matrix here, is compiled into a kernel, and draws itself.
 
 With ``i`` the row's column and ``j`` the key's (a padded key is hidden from every row, whatever the mask):
 
@@ -47,20 +46,36 @@ class Tokens(NamedTuple):
     image: Tensor  # index of the image, -1 for text
 
 
-class Test(NamedTuple):
-    """One test: its kind, a key of :data:`TESTS`, and the number it takes."""
-
-    kind: str
-    value: int = 0
+EVERY_PAIR = (1 << GROUPS * GROUPS) - 1
 
 
-TESTS = {
-    "causal": lambda q, k, _: k.column <= q.column,
-    "within": lambda q, k, window: q.column - k.column < window,
-    # The table of pairs of groups is one integer, its bit GROUPS * q + k says whether q sees k.
-    "pair": lambda q, k, table: ((table >> (GROUPS * q.group.long() + k.group.long())) & 1) == 1,
-    "same image": lambda q, k, _: (q.image == k.image) & (q.image >= 0),
-}
+class Clause(NamedTuple):
+    """Tests of a row and a key that must all hold; the defaults let everything through."""
+
+    causal: bool = False  # the key's column is not later than the row's
+    window: int = 0  # ... and lies less than so many columns before it; 0 = anywhere
+    pairs: int = EVERY_PAIR  # bit GROUPS * i + j: a row of group i sees a key of group j
+    same_image: bool = False  # both belong to one image
+
+    def __call__(self, q: Tokens, k: Tokens) -> Tensor:
+        """Whether the tests hold, bool of the shape the two broadcast to."""
+        seen = ((self.pairs >> (GROUPS * q.group.long() + k.group.long())) & 1) == 1
+        if self.causal:
+            seen = seen & (k.column <= q.column)
+        if self.window:
+            seen = seen & (q.column - k.column < self.window)
+        if self.same_image:
+            seen = seen & (q.image == k.image) & (q.image >= 0)
+        return seen
+
+    def __and__(self, other: Clause) -> Clause:
+        windows = [window for window in (self.window, other.window) if window]
+        return Clause(
+            self.causal or other.causal,
+            min(windows, default=0),
+            self.pairs & other.pairs,
+            self.same_image or other.same_image,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,30 +83,29 @@ class Mask:
     """A mask. Combine two with ``|`` and ``&`` (or :func:`or_`, :func:`and_`).
 
     Attributes:
-        clauses: a key is visible where all tests of any clause hold.
+        clauses: a key is visible where any of them holds.
         name: for messages and pictures; two masks that differ in the name only are equal.
     """
 
-    clauses: tuple[tuple[Test, ...], ...]
+    clauses: tuple[Clause, ...]
     name: str = field(default="mask", compare=False)
 
     def __call__(self, q: Tokens, k: Tokens) -> Tensor:
         """Visible or not, bool of the shape the two broadcast to."""
-        shape = torch.broadcast_shapes(q.column.shape, q.group.shape, k.column.shape, k.group.shape)
-        seen = torch.zeros(shape, dtype=torch.bool, device=q.group.device)
-        for clause in self.clauses:
-            both = torch.ones_like(seen)
-            for test in clause:
-                both &= TESTS[test.kind](q, k, test.value)
-            seen |= both
-        return seen
+        return reduce(torch.Tensor.__or__, [clause(q, k) for clause in self.clauses])
 
     def __or__(self, other: Mask) -> Mask:
-        return Mask(tuple(dict.fromkeys(self.clauses + other.clauses)), f"({self.name} or {other.name})")
+        # A clause that only differs in its pairs from another one joins it.
+        joined: dict[Clause, int] = {}
+        for clause in self.clauses + other.clauses:
+            rest = clause._replace(pairs=0)
+            joined[rest] = joined.get(rest, 0) | clause.pairs
+        clauses = tuple(rest._replace(pairs=pairs) for rest, pairs in joined.items())
+        return Mask(clauses, f"({self.name} or {other.name})")
 
     def __and__(self, other: Mask) -> Mask:
-        clauses = (tuple(dict.fromkeys(a + b)) for a in self.clauses for b in other.clauses)
-        return Mask(tuple(dict.fromkeys(clauses)), f"({self.name} and {other.name})")
+        clauses = tuple(dict.fromkeys(a & b for a in self.clauses for b in other.clauses))
+        return Mask(clauses, f"({self.name} and {other.name})")
 
 
 def or_(*masks: Mask) -> Mask:
@@ -108,7 +122,7 @@ def pairs(rows: Iterable[Group], keys: Iterable[Group], name: str = "pairs") -> 
     """Every row of the groups ``rows`` sees every key of the groups ``keys``."""
     keys = tuple(keys)
     table = sum(1 << (GROUPS * int(row) + int(key)) for row in set(rows) for key in set(keys))
-    return Mask(((Test("pair", table),),), name)
+    return Mask((Clause(pairs=table),), name)
 
 
 def sliding(window: int) -> Mask:
@@ -119,21 +133,21 @@ def sliding(window: int) -> Mask:
     """
     if not isinstance(window, int) or window < 1:
         raise ValueError(f"window={window!r}: a sliding mask takes a whole number of columns from 1 on")
-    return Mask(((Test("within", window),),), f"sliding:{window}")
+    return Mask((Clause(window=window),), f"sliding:{window}")
 
 
 def _named(name: str, mask: Mask) -> Mask:
     return Mask(mask.clauses, name)
 
 
-full = Mask(((),), "full")
-causal = Mask(((Test("causal"),),), "causal")
+full = Mask((Clause(),), "full")
+causal = Mask((Clause(causal=True),), "causal")
 modality_mutual = _named("modality-mutual", causal | pairs([Group.VISUAL], [Group.QUERY]))
 generalised_modality_mutual = _named(
     "generalised-modality-mutual", causal | pairs([Group.VISUAL], TEXT) | pairs(TEXT, [Group.VISUAL])
 )
 croc = _named("croc", causal | pairs([Group.VISUAL], [Group.VISUAL]))
-vision_block = _named("vision-block", causal | Mask(((Test("same image"),),)))
+vision_block = _named("vision-block", causal | Mask((Clause(same_image=True),)))
 prefix_lm = _named("prefix-lm", causal | pairs(Group, PROMPT))
 prefix_diffusion = _named("prefix-diffusion", pairs(Group, PROMPT) | pairs([Group.GENERATED], Group))
 
@@ -171,7 +185,7 @@ def image_index(group: Tensor) -> Tensor:
 
     Two images without any token between them count as one here: pass ``image=`` where that happens.
     """
-    visual = group == Group.VISUAL
+    visual = group == int(Group.VISUAL)
     starts = visual & ~torch.nn.functional.pad(visual[:, :-1], (1, 0))
     return torch.where(visual, starts.cumsum(1) - 1, -1).to(torch.int32)
 
@@ -230,7 +244,7 @@ def materialise(
         raise ValueError(f"rows {int(rows.min())} to {int(rows.max())} lie outside the {length} columns")
     q = Tokens(rows[:, :, None], group.gather(1, rows)[:, :, None], image.gather(1, rows)[:, :, None])
     k = Tokens(columns[None, None, :], group[:, None, :], image[:, None, :])
-    return (mask(q, k) & (k.group != Group.PAD))[:, None]
+    return (mask(q, k) & (k.group != int(Group.PAD)))[:, None]
 
 
 LETTERS = {

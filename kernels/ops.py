@@ -61,3 +61,29 @@ def combine(
 def _(lse, out, weight, head_scale, batch, heads, dtype):  # type: ignore[no-untyped-def]
     rows = out.shape[0] // (batch * heads)
     return torch.empty(batch, rows, heads, out.shape[3], dtype=dtype, device=out.device).transpose(1, 2)
+
+
+@torch.library.custom_op("vlm_attn::masked_attention", mutates_args=())
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    clauses: list[int],
+    tokens: list[Tensor],
+    first: int,
+    scale: float,
+    softcap: float | None,
+    score: list[float] | None,
+    score_from: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See ``triton_prefill.masked_attention``."""
+    from vlm_attn.kernels import triton_prefill
+
+    return triton_prefill.masked_attention(query, key, value, clauses, tokens, first, scale, softcap, score, score_from)
+
+
+@masked_attention.register_fake
+def _(query, key, value, clauses, tokens, first, scale, softcap, score, score_from):  # type: ignore[no-untyped-def]
+    batch, heads, rows, dim = query.shape
+    out = value.new_empty(batch, rows, heads, dim).transpose(1, 2)
+    return out, torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)

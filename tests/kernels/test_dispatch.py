@@ -67,7 +67,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="backend='cuda': edited_attention has triton, grouped, sdpa, reference"):
         edited_attention(*qkv(), [EDIT], scale=1.0, backend="cuda")
-    with pytest.raises(RuntimeError, match="'sdpa' cannot run this edited_attention: softcap"):
+    with pytest.raises(RuntimeError, match="'sdpa' cannot run this edited_attention: softcap is asked for"):
         edited_attention(*qkv(), [EDIT], scale=1.0, softcap=2.0, backend="sdpa")
 
 
