@@ -9,15 +9,14 @@ import logging
 import math
 import os
 import tempfile
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vlm_attn.evals._extras import require
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: nothing is reported to anybody
-os.environ.setdefault(
-    "MPLBACKEND", "agg"
-)  # gradio asks matplotlib for its backend, which else writes a font list to the home
+os.environ.setdefault("MPLBACKEND", "agg")  # gradio asks for it; matplotlib would look for one and write to the home
 require("gradio", "demo")
 
 import gradio as gr  # noqa: E402
@@ -50,9 +49,13 @@ TO_LINK = """query => {
 log = logging.getLogger(__name__)
 
 
-def _path(payload: Any) -> str | None:
+def _path(self: Any, payload: Any) -> str | None:
     """An upload as a path, unopened: whether it is a picture is for ``open_upload`` to say. Gradio has checked its folder."""
     return None if payload is None else payload.path
+
+
+# A gr.Image with that preprocess, shown as one (is_template). Gradio's metaclass would write a .pyi file beside this one.
+Upload: Any = ABCMeta.__new__(type(gr.Image), "Upload", (gr.Image,), {"preprocess": _path, "is_template": True})
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,8 +106,8 @@ def component(control: Control) -> Any:
         return gr.Textbox(value=value, **common)
     if control.low is not None and control.high is not None and control.high - control.low <= 100:
         step = 1 if control.kind == "whole" else 10 ** math.floor(math.log10((control.high - control.low) / 200))
-        low = control.low + step * control.open_low
-        return gr.Slider(low, control.high, value=value, step=step, **common)
+        low, high = control.low + step * control.open_low, control.high - step * control.open_high
+        return gr.Slider(low, high, value=value, step=step, **common)
     return gr.Number(value=value, precision=0 if control.kind == "whole" else None, **common)
 
 
@@ -201,7 +204,7 @@ def build(studio: Studio) -> gr.Blocks:
         query = gr.Textbox("", visible=False)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                upload = gr.Image(
+                upload = Upload(
                     type="filepath",
                     sources=["upload", "clipboard"],
                     label="Picture: drop, paste or choose one",
@@ -210,7 +213,6 @@ def build(studio: Studio) -> gr.Blocks:
                     buttons=["fullscreen"],
                     elem_id="picture",
                 )
-                upload.preprocess = _path  # type: ignore[method-assign]  # a subclass makes gradio write a .pyi file here
                 scene = gr.Number(
                     None,
                     label=f"or a drawn scene, 0 to {SCENES - 1}",

@@ -14,7 +14,7 @@ from vlm_attn import presets, registry
 from vlm_attn.method import Method
 
 Kind = Literal["number", "whole", "switch", "choice", "text"]
-_RANGE = re.compile(r"Range ([(\[]?)(-?\d+(?:\.\d+)?)(?:\.\.|, )(-?\d+(?:\.\d+)?)")
+_RANGE = re.compile(r"Range ([(\[]?)(-?\d+(?:\.\d+)?)(?:\.\.|, )(-?\d+(?:\.\d+)?)(\)?)")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Control:
         low: smallest allowed value, None where the docstring gives no range.
         high: largest allowed value.
         open_low: ``low`` itself is not allowed.
+        open_high: ``high`` itself is not allowed.
         choices: the values of a ``"choice"``.
     """
 
@@ -41,6 +42,7 @@ class Control:
     low: float | None = None
     high: float | None = None
     open_low: bool = False
+    open_high: bool = False
     choices: tuple[str, ...] = ()
 
     @property
@@ -109,6 +111,7 @@ def controls(cls: type[Method], config: Any = None) -> list[Control]:
                 low=float(limits[2]) if limits else None,
                 high=float(limits[3]) if limits else None,
                 open_low=bool(limits and limits[1] == "("),
+                open_high=bool(limits and limits[1] and limits[4]),
                 choices=choices,
             )
         )
