@@ -207,8 +207,8 @@ def combine_kernel(
     acc = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, pieces, STEP):
         i = first + tl.arange(0, STEP)
-        x = tl.load(lse + index * lse_row + i, mask=i < pieces, other=float("-inf"))
-        share = tl.exp2((x + log_weights(weight + index * N, i, parts, pieces, WEIGHT) - base) * LOG2E)
+        y = tl.load(lse + index * lse_row + i, mask=i < pieces, other=float("-inf"))
+        share = tl.exp2((y + log_weights(weight + index * N, i, parts, pieces, WEIGHT) - base) * LOG2E)
         # Pieces without a share were perhaps never written.
         piece = tl.load(
             out + index * out_row + i[:, None] * dim + d[None, :],

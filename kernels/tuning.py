@@ -1,6 +1,7 @@
 """Block sizes of the Triton kernels, as data: the first row that fits is used. No search at run time.
 
-The rows are estimates from shared memory and registers per program, not measurements.
+No row has been timed: they are the largest blocks with which five accumulators stay in registers and a program in shared
+memory when the kernels are compiled ahead of time for sm_80, sm_90, sm_100 and gfx942.
 """
 
 from __future__ import annotations
@@ -13,12 +14,9 @@ from torch import Tensor
 
 #: Segmented decode: (least compute capability, most bytes of one row of D values), block of keys, warps, stages.
 DECODE = [
-    ((9, 128), {"BLOCK_S": 128, "num_warps": 4, "num_stages": 3}),
-    ((9, 256), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}),
-    ((9, 512), {"BLOCK_S": 32, "num_warps": 8, "num_stages": 3}),
     ((0, 128), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}),
-    ((0, 256), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 2}),
-    ((0, 512), {"BLOCK_S": 32, "num_warps": 8, "num_stages": 2}),
+    ((0, 256), {"BLOCK_S": 64, "num_warps": 8, "num_stages": 3}),
+    ((0, 512), {"BLOCK_S": 32, "num_warps": 8, "num_stages": 3}),
     ((0, 1024), {"BLOCK_S": 16, "num_warps": 8, "num_stages": 2}),
 ]
 #: Masked prefill and column sums: as above, with a block of rows. Rows and keys of a block are powers of two.
@@ -39,7 +37,8 @@ def _device(index: int) -> tuple[int, int]:
     if index < 0:
         return 0, 2
     facts = torch.cuda.get_device_properties(index)
-    return facts.major, facts.multi_processor_count
+    # AMD's have another numbering and 64 KiB of shared memory: the most careful rows.
+    return (0 if torch.version.hip else facts.major), facts.multi_processor_count
 
 
 def device(tensor: Tensor) -> tuple[int, int]:
@@ -47,7 +46,8 @@ def device(tensor: Tensor) -> tuple[int, int]:
     return _device(tensor.device.index or 0 if tensor.is_cuda else -1)
 
 
-def _row(table: list[tuple[tuple[int, int], dict[str, int]]], major: int, width: int) -> dict[str, int]:
+def row(table: list[tuple[tuple[int, int], dict[str, int]]], major: int, width: int) -> dict[str, int]:
+    """A copy of the first row of a table for a compute capability and for rows of ``width`` bytes."""
     for (least, most), block in table:
         if major >= least and width <= most:
             return dict(block)
@@ -57,7 +57,7 @@ def _row(table: list[tuple[tuple[int, int], dict[str, int]]], major: int, width:
 def decode(query: Tensor, rows: int, dim: int) -> dict[str, Any]:
     """Blocks of the segmented kernel for ``rows`` rows per KV head."""
     width = max(16, 1 << (dim - 1).bit_length()) * query.element_size()
-    block = _row(DECODE, device(query)[0], width)
+    block = row(DECODE, device(query)[0], width)
     # Every segment keeps an accumulator of BLOCK_R x D in registers: 32 rows only where D is small.
     block["BLOCK_R"] = 32 if rows > 16 and dim <= 64 else 16
     return block
@@ -65,7 +65,7 @@ def decode(query: Tensor, rows: int, dim: int) -> dict[str, Any]:
 
 def prefill(query: Tensor, dim: int) -> dict[str, Any]:
     """Blocks of the prefill kernel."""
-    return _row(PREFILL, device(query)[0], max(16, 1 << (dim - 1).bit_length()) * query.element_size())
+    return row(PREFILL, device(query)[0], max(16, 1 << (dim - 1).bit_length()) * query.element_size())
 
 
 def chunk(query: Tensor, key: Tensor, most: int = 0) -> int:

@@ -679,6 +679,15 @@ def bench_overhead(context: typer.Context) -> None:
     _benchmark("overhead", context.args)
 
 
+@bench_app.command("kernels", **_OWN_OPTIONS)
+def bench_kernels(context: typer.Context) -> None:
+    """Edited decoding and masked prefill, kernel by kernel, against SDPA and others, in one run.
+
+    Example: [b]vlm-attn bench kernels --help[/b]
+    """
+    _benchmark("kernels", context.args)
+
+
 @bench_app.command("tokens", **_OWN_OPTIONS)
 def bench_tokens(context: typer.Context) -> None:
     """What keeping fewer visual tokens buys: reducers against the plain model, in one run.

@@ -58,3 +58,34 @@ def test_the_benchmarked_edits_do_something():
         for name in ("gift", "var"):
             with vlm_attn.patched(model, overhead.variants(4, 64)[name]):
                 assert not torch.allclose(model(**inputs).logits[:, -1], plain, atol=1e-7), name
+
+
+def test_kernels_are_checked_before_they_are_timed(tmp_path, monkeypatch):
+    import typer
+
+    from vlm_attn.evals.bench import kernels
+
+    app = typer.Typer()
+    app.command()(kernels.kernels)
+    arguments = ["--small", "--repeats", "2", "--device", "cpu", "--json", str(tmp_path / "kernels.json")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    decode, prefill = result["decode"][0], result["prefill"][0]
+    assert decode["no_figure"] == prefill["no_figure"] == {}
+    assert set(decode["columns"]) == {"sdpa", "eager", "ours plain", "ours gift", "ours var"}
+    assert set(prefill["columns"]) >= {"sdpa causal", "ours causal", "ours mutual", "column sums"}
+    assert result["ceilings"]["copy_bytes_per_second"] > 0
+
+    edited = kernels.edited_attention
+    monkeypatch.setattr(
+        kernels,
+        "edited_attention",
+        lambda *args, **options: edited(*args, **options) * (1 if "backend" in options else 1.01),
+    )
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "no figure: error" in done.output
+    wrong = json.loads((tmp_path / "kernels.json").read_text())["decode"][0]
+    assert set(wrong["no_figure"]) == {"ours plain", "ours gift", "ours var"}
+    assert set(wrong["columns"]) == {"sdpa", "eager"}

@@ -1,0 +1,437 @@
+"""Attention kernels side by side, in one run: editing decode steps and masked prompts against what PyTorch has.
+
+Random tensors of real shapes. Every column of a case is first compared with float64; a column that is off by more than
+twice plain PyTorch's error in the same dtype prints "wrong" and no figure. Timed rounds run all columns in a shuffled
+order over rotating buffers, so that no column finds the others' keys in a cache; on CUDA every column runs as a CUDA
+graph where it can be captured.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import vlm_attn
+from vlm_attn.hallucination import Gift, Var
+from vlm_attn.kernels import Edit, Group, edited_attention, masked_attention, masks, one_hot_segments, probe
+
+Run = Callable[[int], Any]  # runs once on the buffers of this number
+
+
+def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """What this device reaches now: bytes per second of a copy (read and written), operations per second of a product."""
+    size = (256 if device == "cuda" else 64) * 2**20
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    side = 8192 if device == "cuda" else 1024
+    one, two = torch.randn(2, side, side, device=device, dtype=dtype).unbind(0)
+    copy = statistics.median(timed({"copy": lambda _: target.copy_(source)}, 1, 10, device, False)["copy"])
+    product = statistics.median(timed({"product": lambda _: one @ two}, 1, 10, device, False)["product"])
+    return {"copy_bytes_per_second": 2 * size / copy, "matmul_flops_per_second": 2 * side**3 / product}
+
+
+def timed(
+    columns: dict[str, Run], buffers: int, repeats: int, device: str, graph: bool, seed: int = 0
+) -> dict[str, list[float]]:
+    """Seconds of one run of every column, ``repeats`` times, in a shuffled order."""
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, column in columns.items():
+        for index in range(buffers):  # compiles and warms up
+            column(index)
+        runs[name] = _graphed(column, buffers) if graph else lambda column=column: [column(i) for i in range(buffers)]
+    times: dict[str, list[float]] = {name: [] for name in columns}
+    order, shuffle = list(columns), random.Random(seed)
+    for _ in range(repeats):
+        shuffle.shuffle(order)
+        for name in order:
+            times[name].append(_once(runs[name], device) / buffers)
+    return times
+
+
+def _graphed(column: Run, buffers: int) -> Callable[[], Any]:
+    """All buffers as one CUDA graph; as they are where a column cannot be captured."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for index in range(buffers):
+                column(index)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return lambda: [column(index) for index in range(buffers)]
+    return graph.replay
+
+
+def _once(run: Callable[[], Any], device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def wrong(got: Tensor, wanted: Tensor, plain: Tensor) -> str | None:
+    """Why a column must not show a figure: its error is more than twice plain PyTorch's, plus four roundings."""
+    if not bool(got.isfinite().all()):
+        return "not finite"
+    error, usual = ((t.double() - wanted).abs().max() for t in (got, plain))
+    allowed = 2 * usual + 4 * torch.finfo(plain.dtype).eps * wanted.abs().max()
+    return None if bool(error <= allowed) else f"error {float(error):.1e}, allowed {float(allowed):.1e}"
+
+
+def _tensors(buffers: int, batch: int, heads: tuple[int, int], rows: int, length: int, dim: int, options: dict) -> list:
+    return [
+        (
+            torch.randn(batch, heads[0], rows, dim, **options),
+            torch.randn(batch, heads[1], length, dim, **options),
+            torch.randn(batch, heads[1], length, dim, **options),
+        )
+        for _ in range(buffers)
+    ]
+
+
+def decode_case(
+    batch: int, heads: tuple[int, int], length: int, dim: int, device: str, dtype: torch.dtype, repeats: int
+) -> dict[str, Any]:
+    """One decoding step, of which ``length // 2`` keys are the image."""
+    size = 2 * batch * heads[1] * length * dim * torch.finfo(dtype).bits // 8  # bytes of K and V
+    buffers = max(1, min(8, (2**28 if device == "cuda" else 2**24) // size))
+    inputs = _tensors(buffers, batch, heads, 1, length, dim, {"device": device, "dtype": dtype})
+    scale = dim**-0.5
+    columns_of_keys = torch.arange(length, device=device)
+    visual = (columns_of_keys >= 16) & (columns_of_keys < 16 + length // 2)
+    visual_ids = visual + 2 * (columns_of_keys >= length - 32)
+    sinks = columns_of_keys % 97 == 0
+    sink_ids = torch.where(sinks, torch.where(visual, 3, 2), visual.int())
+    saliency = torch.rand(batch, length, device=device)
+    expanded = visual_ids.expand(batch, -1)
+    edits = {
+        "ours plain": Edit(torch.ones(batch, length, 1, device=device), torch.ones_like),
+        "ours gift": Edit(one_hot_segments(expanded, 3, twin_of=1, log_weight=4.0 * saliency), Gift().reweigh),
+        "ours var": Edit(one_hot_segments(sink_ids.expand(batch, -1), 4), Var().reweigh, conserves=True),
+    }
+
+    def ours(edit: Edit) -> Run:
+        return lambda i: edited_attention(*inputs[i], [edit], scale=scale)
+
+    def eager(i: int) -> Tensor:
+        """The host's eager attention: repeated heads, a map per head, softmax in float32."""
+        query, key, value = inputs[i]
+        ratio = heads[0] // heads[1]
+        maps = torch.softmax((query @ key.repeat_interleave(ratio, 1).mT).float() * scale, -1).to(query.dtype)
+        return maps @ value.repeat_interleave(ratio, 1)
+
+    def sdpa(i: int) -> Tensor:
+        return scaled_dot_product_attention(*inputs[i], scale=scale, enable_gqa=heads[0] != heads[1])
+
+    columns: dict[str, Run] = {"sdpa": sdpa, "eager": eager, **{name: ours(edit) for name, edit in edits.items()}}
+    if device == "cuda":
+        columns["flex"] = _flex(inputs, scale, heads, None)
+    failures = {}
+    for name in list(columns):
+        query, key, value = inputs[0]
+        edit = [edits[name]] if name in edits else []
+        exact = edited_attention(query.double(), key.double(), value.double(), edit, scale=scale, backend="reference")
+        plain = edited_attention(query, key, value, edit, scale=scale, backend="grouped")
+        failures |= _failed(columns, name, exact, plain)
+    times = timed(columns, buffers, repeats, device, device == "cuda")
+    return _row({"batch": batch, "heads": heads, "keys": length, "dim": dim}, times, failures, "sdpa", size, None)
+
+
+def _failed(
+    columns: dict[str, Run], name: str, exact: Tensor, plain: Tensor, rows: slice = slice(None)
+) -> dict[str, str]:
+    """Run a column once and take it out where it is wrong or does not run here."""
+    try:
+        reason = wrong(columns[name](0)[:, :, rows], exact, plain)
+    except Exception as error:  # another library's backend: any reason not to run is a result
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    if reason is None:
+        return {}
+    del columns[name]
+    return {name: reason}
+
+
+def _flex(inputs: list, scale: float, heads: tuple[int, int], block_mask: Any) -> Run:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    gqa = heads[0] != heads[1]
+    return lambda i: compiled(*inputs[i], scale=scale, enable_gqa=gqa, block_mask=block_mask)
+
+
+def prefill_case(
+    batch: int,
+    heads: tuple[int, int],
+    length: int,
+    visual: int,
+    dim: int,
+    device: str,
+    dtype: torch.dtype,
+    repeats: int,
+) -> dict[str, Any]:
+    """A prompt with ``visual`` image tokens: a causal mask and a modality-mutual one, and column sums of all rows."""
+    inputs = _tensors(1, batch, heads, length, length, dim, {"device": device, "dtype": dtype})
+    scale, gqa = dim**-0.5, heads[0] != heads[1]
+    group = torch.full((batch, length), int(Group.SYSTEM), dtype=torch.uint8, device=device)
+    group[:, 16 : 16 + visual] = int(Group.VISUAL)
+    group[:, -64:] = int(Group.QUERY)
+    matrix = masks.materialise(masks.modality_mutual, group)
+    last = torch.arange(length, device=device)[None]
+
+    def ours(mask: masks.Mask) -> Run:
+        return lambda i: masked_attention(*inputs[i], mask, group, scale=scale)
+
+    columns: dict[str, Run] = {
+        "sdpa causal": lambda i: scaled_dot_product_attention(*inputs[i], is_causal=True, scale=scale, enable_gqa=gqa),
+        "sdpa mutual": lambda i: scaled_dot_product_attention(
+            *inputs[i], attn_mask=matrix, scale=scale, enable_gqa=gqa
+        ),
+        "ours causal": ours(masks.causal),
+        "ours mutual": ours(masks.modality_mutual),
+        "ours window": ours(masks.named(f"sliding:{max(64, length // 8)}")),
+    }
+    if device == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def mutual(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) | ((group[b, q] == int(Group.VISUAL)) & (group[b, k] == int(Group.QUERY)))
+
+        columns["flex mutual"] = _flex(
+            inputs, scale, heads, create_block_mask(mutual, batch, None, length, length, device)
+        )
+    failures = {}
+    rows = min(64, length)  # enough rows to see a mistake, few enough for float64
+    used = {
+        "causal": masks.causal,
+        "mutual": masks.modality_mutual,
+        "window": masks.named(f"sliding:{max(64, length // 8)}"),
+    }
+    query, key, value = inputs[0]
+    for name in list(columns):
+        mask = used[name.split()[1]]
+        for first in (0, 16 + visual // 2, length - rows):
+            start = min(first, length - rows)
+            part = query[:, :, start : start + rows]
+            where = {"first": start, "scale": scale, "backend": "reference"}
+            exact = masked_attention(part.double(), key.double(), value.double(), mask, group, **where)
+            plain = masked_attention(part, key, value, mask, group, **where)
+            if name in columns:
+                failures |= _failed(columns, name, exact, plain, slice(start, start + rows))
+    if device == "cuda" or length <= 4096:  # without Triton all rows' attention is held at once
+        columns["column sums"] = lambda i: probe(*inputs[i][:2], last=last, scale=scale)
+        total = float(columns["column sums"](0).column_sum.double().sum())
+        if abs(total / (batch * heads[0] * length) - 1) > 1e-4:  # every row's attention adds up to one
+            failures["column sums"] = f"rows add up to {total / (batch * heads[0] * length):.4f}"
+            del columns["column sums"]
+    times = timed(columns, 1, repeats, device, device == "cuda")
+    operations = 4 * batch * heads[0] * dim * length * (length + 1) // 2
+    empty = 1 - float(matrix.sum()) / matrix.numel()
+    shape = {
+        "batch": batch,
+        "heads": heads,
+        "keys": length,
+        "visual": visual,
+        "dim": dim,
+        "hidden_share": round(empty, 3),
+    }
+    return _row(shape, times, failures, "sdpa causal", None, operations)
+
+
+def _row(
+    shape: dict[str, Any],
+    times: dict[str, list[float]],
+    failures: dict[str, str],
+    base: str,
+    size: int | None,
+    operations: int | None,
+) -> dict[str, Any]:
+    figures = {}
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, times[base], strict=True)] if base in times else []
+        median = statistics.median(seconds)
+        figures[name] = {
+            "seconds": _spread(seconds),
+            f"ratio_to_{base.replace(' ', '_')}": _spread(ratios) if ratios else None,
+            "bytes_per_second": size / median if size else None,
+            "causal_flops_per_second": operations / median if operations and "window" not in name else None,
+        }
+    return {"shape": shape, "kv_bytes": size, "columns": figures, "no_figure": failures}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+
+
+def cases(device: str, small: bool) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """Shapes of the decode cases (batch, heads, keys, dim) and the prefill cases (batch, heads, tokens, visual, dim)."""
+    if small:
+        return [(1, (4, 2), 96, 16)], [(1, (2, 1), 128, 48, 16)]
+    if device != "cuda":
+        return (
+            [
+                (batch, heads, length, 64)
+                for heads in ((12, 12), (28, 4))
+                for batch, length in ((1, 700), (1, 4096), (4, 700))
+            ],
+            [(1, heads, length, 576, 64) for heads in ((12, 12), (28, 4)) for length in (700, 1024)],
+        )
+    both = ((32, 32), (28, 4))
+    return (
+        [
+            (batch, heads, 1024 * n, 128)
+            for heads in both
+            for batch in (1, 8, 32)
+            for n in (1, 4, 8, 32)
+            if batch * n <= 512
+        ],
+        [
+            (1, heads, 1024 * n, visual, 128)
+            for heads in both
+            for n, visual in ((1, 576), (4, 2880), (8, 4096), (16, 4096))
+        ],
+    )
+
+
+def measure(
+    *, device: str, dtype: torch.dtype, repeats: int, small: bool, seed: int, done: Callable[[str, dict], None]
+) -> dict[str, Any]:
+    """Measure everything; see :func:`kernels` for the parameters.
+
+    Returns:
+        The result as it is written to JSON.
+    """
+    torch.manual_seed(seed)
+    result: dict[str, Any] = {
+        "schema_version": 1,
+        "benchmark": "kernels",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "vlm_attn": vlm_attn.__version__,
+            "torch": torch.__version__,
+            "triton": _triton_version(),
+            "python": platform.python_version(),
+        },
+        "config": {
+            "dtype": str(dtype).removeprefix("torch."),
+            "repeats": repeats,
+            "seed": seed,
+            "cuda_graphs": device == "cuda",
+        },
+    }
+    with torch.no_grad():
+        result["ceilings"] = ceilings(device, dtype)
+        for name, run, shapes in zip(
+            ("decode", "prefill"), (decode_case, prefill_case), cases(device, small), strict=True
+        ):
+            result[name] = []
+            for shape in shapes:
+                row = run(*shape, device=device, dtype=dtype, repeats=repeats)
+                done(name, row)
+                result[name].append(row)
+    return result
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _print(console: Console, kind: str, row: dict[str, Any]) -> None:
+    shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
+    table = Table(box=box.SIMPLE_HEAD, title=f"{kind}: {shape}", title_justify="left")
+    for column in ("", "microseconds [p20, p80]", "ratio", "GB/s" if kind == "decode" else "TFLOP/s"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, figure in row["columns"].items():
+        us = {key: value * 1e6 for key, value in figure["seconds"].items()}
+        ratio = next((value for key, value in figure.items() if key.startswith("ratio") and value), None)
+        rate = figure["bytes_per_second"] or 0
+        rate = rate / 1e9 if kind == "decode" else (figure["causal_flops_per_second"] or 0) / 1e12
+        table.add_row(
+            name,
+            f"{us['median']:.1f} [{us['p20']:.1f}, {us['p80']:.1f}]",
+            f"{ratio['median']:.2f}x" if ratio else "",
+            f"{rate:.3g}" if rate else "",
+        )
+    for name, reason in row["no_figure"].items():
+        table.add_row(name, f"no figure: {reason}")
+    console.print(table)
+
+
+def kernels(
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16, bfloat16.", show_default="bfloat16, on a CPU float32")
+    ] = "",
+    repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 25,
+    small: Annotated[
+        bool, typer.Option("--small", help="One tiny case of each kind, to see that everything runs.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the tensors and of the order.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")
+    ] = None,
+) -> None:
+    """Edited decoding and masked prefill against SDPA, eager and FlexAttention, on random tensors, checked first.
+
+    Ratios are to SDPA (prefill: SDPA's causal path), within a round. "ours" is what the dispatch chooses on the device.
+
+    Example: vlm-attn bench kernels --device cpu --json kernels.json
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r}: expected cpu, cuda or auto")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': there is none here")
+    wanted = dtype or ("bfloat16" if device == "cuda" else "float32")
+    if wanted not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype {wanted!r}: expected float32, float16 or bfloat16")
+    console = Console()
+    result = measure(
+        device=device,
+        dtype=getattr(torch, wanted),
+        repeats=repeats,
+        small=small,
+        seed=seed,
+        done=lambda kind, row: _print(console, kind, row),
+    )
+    reached = result["ceilings"]
+    console.print(
+        f"{result['device']}, {result['threads']} threads, torch {torch.__version__}, {wanted}; measured ceilings: copy "
+        f"{reached['copy_bytes_per_second'] / 1e9:.3g} GB/s, matmul {reached['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s"
+    )
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Entry of ``vlm-attn bench kernels``."""
+    typer.run(kernels)
+    return 0
