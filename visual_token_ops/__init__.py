@@ -9,6 +9,7 @@ from vlm_attn.visual_token_ops.pyramid_drop import PyramidDrop
 from vlm_attn.visual_token_ops.random import Random
 from vlm_attn.visual_token_ops.sparsevlm import SparseVLM
 from vlm_attn.visual_token_ops.visionzip import VisionZip
+from vlm_attn.visual_token_ops.vscan import VScan
 from vlm_attn.visual_token_ops.vtw import VTW
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "SparseVLM",
+    "VScan",
     "VisionZip",
 ]

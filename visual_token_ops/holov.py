@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn.method import check_range
-from vlm_attn.reduction import Keep, Picture, Reducer, highest
+from vlm_attn.reduction import PROJECTED, Keep, Picture, Reducer, highest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class HoloV(Reducer):
 
     name: ClassVar[str] = "holov"
     paper: ClassVar[str] = "HoloV, arXiv 2510.02912"
-    needs_cls: ClassVar[bool] = True
+    cls_layers: ClassVar[tuple[int, ...]] = (PROJECTED,)
 
     keep: Keep = 1 / 9
     chunks: int = 16
@@ -44,8 +44,8 @@ class HoloV(Reducer):
     def choose(self, picture: Picture) -> Tensor:
         """The best of every chunk."""
         assert picture.cls is not None
-        parts = torch.arange(len(picture.tokens), device=picture.tokens.device).tensor_split(self.chunks)
-        parts = [part for part in parts if len(part)]
+        index = torch.arange(len(picture.tokens), device=picture.tokens.device)
+        parts = [part for part in index.tensor_split(self.chunks) if len(part)]
         score = self.score(picture)
         quotas = quota(torch.stack([score[part].mean() for part in parts]), [len(p) for p in parts], picture.count)
         return torch.cat([p[highest(picture.cls[p], n)] for p, n in zip(parts, quotas, strict=True)])

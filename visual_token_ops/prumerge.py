@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlm_attn.reduction import Keep, Picture, Reducer
+from vlm_attn.reduction import PROJECTED, Keep, Picture, Reducer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class PruMerge(Reducer):
 
     name: ClassVar[str] = "prumerge"
     paper: ClassVar[str] = "after LLaVA-PruMerge, arXiv 2403.15388"
-    needs_cls: ClassVar[bool] = True
+    cls_layers: ClassVar[tuple[int, ...]] = (PROJECTED,)
 
     keep: Keep = 0.0625
 

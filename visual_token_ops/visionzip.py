@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn.method import check_range
-from vlm_attn.reduction import Keep, Picture, Reducer, highest
+from vlm_attn.reduction import PROJECTED, Keep, Picture, Reducer, highest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class VisionZip(Reducer):
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[str] = "VisionZip, arXiv 2412.04467"
-    needs_cls: ClassVar[bool] = True
+    cls_layers: ClassVar[tuple[int, ...]] = (PROJECTED,)
 
     keep: Keep = 1 / 9
     contextual: float = 10 / 64

@@ -39,7 +39,7 @@ class Call:
         edits: the edits of each layer from the end of the prompt on.
         reduction: which columns are kept, while a method keeps fewer.
         ahead: the method for which a layer's attention is being read ahead.
-        seen: what was read of the vision tower, a part for each of its runs.
+        seen: what was read of each layer of the vision tower, a part for each of its runs.
     """
 
     prompt: TokenLayout
@@ -56,7 +56,7 @@ class Call:
     edits: dict[int, list[Edit]] = field(default_factory=dict)
     reduction: Reduction | None = None
     ahead: Reducer | None = None
-    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _layouts: dict[int, TokenLayout] = field(default_factory=dict)
     _memory: dict[str, dict[Any, Any]] = field(default_factory=dict)
     _rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -108,18 +108,18 @@ class Call:
         rows = columns - int(self.past)
         return rows.clamp(0, self.length - 1), (rows >= 0) & (rows < self.length)
 
-    def vision(self, image: int) -> tuple[Tensor, Tensor]:
-        """What was read of the vision tower at one image of the prompt.
+    def vision(self, image: int, layer: int) -> tuple[Tensor, Tensor]:
+        """What was read of a layer of the vision tower at one image of the prompt.
 
         Raises:
             ValueError: the tower has not run in this call (``inputs_embeds``).
         """
-        if not self.seen:
+        if layer not in self.seen:
             raise ValueError(
                 "the vision tower did not run in this call, so what its CLS token looks at is unknown: "
                 "pass pixel_values, not inputs_embeds"
             )
-        parts = [torch.cat(part) for part in zip(*self.seen, strict=True)]
+        parts = [torch.cat(part) for part in zip(*self.seen[layer], strict=True)]
         images = range(len(self.prompt.images))
         shown = [n for n in images if self.prompt.images[n].start >= self.first]  # this turn's
         if len(parts[0]) % len(shown) or (len(parts[0]) == len(images) and image not in shown):

@@ -143,23 +143,31 @@ def check_reducible(config: Any, method: str) -> None:
         )
 
 
-def cls_attention_module(model: Any, config: Any, method: str) -> Any:
-    """The attention module of the vision tower whose output is projected.
+def cls_attention_module(model: Any, config: Any, layer: int, method: str) -> Any:
+    """An attention module of the vision tower.
+
+    Args:
+        model: the model.
+        config: its config.
+        layer: -1 = the layer whose output is projected; else a layer of 24, taken at the same depth.
+        method: who asks, for the message.
 
     Raises:
         NotImplementedError: the family's tower has no CLS token, or its patches are not the image's tokens.
     """
     find = family_of(config).cls
     modules = find(model) if find is not None else []
-    layer = getattr(config, "vision_feature_layer", None)
-    if not modules or not isinstance(layer, int):
+    projected = getattr(config, "vision_feature_layer", None)
+    if not modules or not isinstance(projected, int):
         known = ", ".join(name for name, family in FAMILIES.items() if family.cls is not None)
         raise NotImplementedError(
             f"{method} ranks tokens by the attention of the vision tower's CLS token, which model type "
             f"{config.model_type!r} lacks or does not hand on patch by patch. Known: {known} with a CLIP tower"
         )
+    if layer >= 0:
+        return modules[layer * len(modules) // 24]
     # hidden_states[0] is the embedding, so -1 is the last layer's output and 1 the first's
-    return modules[layer if layer < 0 else layer - 1]
+    return modules[projected if projected < 0 else projected - 1]
 
 
 def split_images(config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[str, Any]) -> tuple[ImageSpan, ...]:

@@ -85,8 +85,7 @@ def patch(
     reducers = [m for m in methods if isinstance(m, Reducer)]
     for reducer in reducers:
         check_reducible(top, reducer.name)
-    wants_cls = next((m.name for m in reducers if m.needs_cls), None)
-    tower = None if wants_cls is None else cls_attention_module(model, top, wants_cls)
+    seen = {layer: cls_attention_module(model, top, layer, m.name) for m in reducers for layer in m.cls_layers}
     if not (query_span is None or callable(query_span) or (is_span(query_span) and 0 <= query_span[0] < query_span[1])):
         raise ValueError(
             f"query_span={query_span!r}: give half-open columns (start, stop) with 0 <= start < stop, or a callable"
@@ -116,8 +115,8 @@ def patch(
             layer.register_forward_pre_hook(LayerHook(engine, index), with_kwargs=True)
             for index, layer in enumerate(layers)
         ]
-    if tower is not None:
-        engine.handles.append(tower.register_forward_pre_hook(VisionHook(engine), with_kwargs=True))
+    for layer, module in seen.items():
+        engine.handles.append(module.register_forward_pre_hook(VisionHook(engine, layer), with_kwargs=True))
     setattr(model, TAG, engine)
     engine.shadowed = {name: model.__dict__[name] for name in ("generate", *_REFUSED_CALLS) if name in model.__dict__}
     if hasattr(type(model), "generate"):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vlm_attn.engine import Engine
 
 Keep = float | int
+PROJECTED = -1
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Picture:
         rows: ``[H, R, n]`` attention of the rows the method reads, None if it reads none here.
         cls: ``[n]`` attention the vision tower's CLS token pays, mean of the heads; None if the method asks for none.
         keys: ``[n, d]`` the vision tower's keys, mean of the heads; None like ``cls``.
+        local: ``[n]`` like ``cls``, of an early layer of the tower.
     """
 
     tokens: Tensor
@@ -64,11 +66,17 @@ class Picture:
     rows: Tensor | None = None
     cls: Tensor | None = None
     keys: Tensor | None = None
+    local: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reducer(Method):
     """Base of the methods that keep fewer visual tokens. A subclass fills in :meth:`score`, or :meth:`choose`.
+
+    Class attributes:
+        cls_layers: layers of the vision tower whose CLS attention it wants: ``PROJECTED``, the one whose output goes on to the
+            language model, or one of a 24-layer tower (taken at the same depth of another).
+        reads_ahead: whether ``read_layers`` are read before they run.
 
     Attributes:
         keep: share of every image's tokens in (0, 1], or their number. ``1.0`` is neutral.
@@ -78,7 +86,7 @@ class Reducer(Method):
 
     edited_rows: ClassVar[Literal["last", "text"]] = "text"  # no row is edited, so the prompt need not be split
     needs_image: ClassVar[bool] = False
-    needs_cls: ClassVar[bool] = False
+    cls_layers: ClassVar[tuple[int, ...]] = ()
     reads_ahead: ClassVar[bool] = False
 
     keep: Keep = 0.5
@@ -436,7 +444,7 @@ def _choose(call: Call, state: Reduction, method: Reducer, stage: int, hidden: T
         columns = columns[state.visible[row, columns]]
         index = _place(state, row, columns - call.first)
         places = columns - image.start
-        seen = call.vision(number) if method.needs_cls else None
+        seen = [call.vision(number, layer) for layer in method.cls_layers]
         text = call.prompt.text_after_image[image.row].nonzero().flatten()
         picture = Picture(
             tokens=hidden[row, index],
@@ -450,8 +458,9 @@ def _choose(call: Call, state: Reduction, method: Reducer, stage: int, hidden: T
             number=number,
             text=hidden[row, _place(state, row, text[text >= call.first] - call.first)],
             rows=None if rows is None else rows[row][:, :, columns],
-            cls=seen[0][places] if seen else None,
-            keys=seen[1][places] if seen else None,
+            cls=seen[0][0][places] if seen else None,
+            keys=seen[0][1][places] if seen else None,
+            local=seen[1][0][places] if len(seen) > 1 else None,
         )
         chosen = method.choose(picture) if picture.count else columns[:0]
         if len(chosen) == len(columns):
@@ -591,6 +600,7 @@ class VisionHook:
     """Pre-forward hook of one attention module of the vision tower: what the CLS token looks at, and the keys."""
 
     engine: Engine
+    layer: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep one attention row and the keys of every image."""
@@ -598,7 +608,7 @@ class VisionHook:
         if call is None or call.done:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        call.seen.append(cls_attention(module, hidden))
+        call.seen.setdefault(self.layer, []).append(cls_attention(module, hidden))
 
 
 def cls_attention(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:

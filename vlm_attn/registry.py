@@ -28,6 +28,7 @@ METHODS = {
     "var": "vlm_attn.hallucination.var:Var",
     "vision_block": "vlm_attn.hallucination.masks:VisionBlock",
     "visionzip": "vlm_attn.visual_token_ops.visionzip:VisionZip",
+    "vscan": "vlm_attn.visual_token_ops.vscan:VScan",
     "vtw": "vlm_attn.visual_token_ops.vtw:VTW",
 }
 

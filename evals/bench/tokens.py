@@ -29,7 +29,18 @@ from vlm_attn import reduction, registry, visual_token_ops
 from vlm_attn.evals.bench.flops import prefill_flops
 from vlm_attn.evals.bench.overhead import _Clock, _summary, build_model
 
-REDUCERS = ("random", "downsample", "divprune", "visionzip", "prumerge", "holov", "fastv", "pyramid_drop", "sparsevlm")
+REDUCERS = (
+    "random",
+    "downsample",
+    "divprune",
+    "visionzip",
+    "prumerge",
+    "holov",
+    "fastv",
+    "pyramid_drop",
+    "sparsevlm",
+    "vscan",
+)
 
 
 def reducer(name: str, keep: float, layers: int) -> Any:
@@ -79,7 +90,7 @@ def time_once(model: Any, inputs: dict[str, Any], method: Any, tokens: int) -> d
         torch.cuda.reset_peak_memory_stats()
     if method is not None:
         vlm_attn.patch(model, method)
-        reduction._reduce = timed
+        reduction._reduce = timed  # type: ignore[assignment]
     try:
         clock.synchronize()
         start = time.perf_counter()

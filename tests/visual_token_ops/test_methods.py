@@ -23,6 +23,7 @@ from vlm_attn.visual_token_ops import (
     Random,
     SparseVLM,
     VisionZip,
+    VScan,
 )
 from vlm_attn.visual_token_ops.divprune import cosine_distance, farthest
 from vlm_attn.visual_token_ops.downsample import centres, smaller
@@ -212,6 +213,39 @@ class TestBeforeTheModel:
         }
         assert len(found) > 1
 
+    def test_vscan_by_hand(self) -> None:
+        local = torch.zeros(16)
+        local[[0, 3, 12, 15, 14]] = torch.tensor([1.0, 1, 1, 1, 0.9])  # one in every 2 x 2 window, and a second best
+        cls = torch.zeros(16)
+        cls[[0, 5, 6, 9, 10]] = torch.tensor([5.0, 1, 2, 3, 4])
+        p = picture(count=8, cls=cls, local=local)
+        method = VScan(window=2)
+        assert [part.tolist() for part in method.windows(p)][:2] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+        chosen = method.choose(p)
+        assert chosen.tolist() == [0, 3, 5, 6, 9, 10, 12, 15]
+        p.local = local.index_fill(0, torch.tensor(1), 2.0)  # two good ones in the first window
+        assert {0, 1, 3, 12} < set(VScan(window=4).choose(p).tolist())
+        assert {1, 3, 12, 15} < set(VScan(window=2).choose(p).tolist())
+        p.local = local
+        unit = torch.nn.functional.normalize(p.tokens, dim=-1)
+        merged = method.merge(p, chosen)
+        assert merged is not None
+        for place, token in enumerate(chosen.tolist()):
+            takes = [token]
+            takes += [i for i in range(16) if i not in chosen and int((unit[i] @ unit[chosen].T).argmax()) == place]
+            close(merged[place], p.tokens[takes].mean(0))
+        p.stage = 1
+        assert method.choose(p).tolist() == highest(p.rows.mean((0, 1)), 8).tolist()  # type: ignore[union-attr]
+        assert method.merge(p, chosen) is None
+
+    def test_vscan_counts(self) -> None:
+        method = VScan().bind(FACTS)
+        assert isinstance(method, VScan)
+        assert [method.left(stage, 576) for stage in (0, 1)] == [96, 32]
+        assert method.stages == (0, 16)
+        assert VScan(first=1.0).left(0, 576) == 32
+        assert VScan(keep=9).left(0, 9) == 9
+
     def test_cls_attention_is_the_towers_own(self) -> None:
         model, inputs = tiny.llava()
         tower = model.model.vision_tower
@@ -303,6 +337,9 @@ class TestWrongInput:
             (VisionZip, {"contextual": 1.0}, "contextual=1"),
             (VisionZip, {"contextual": -0.1}, "contextual=-0.1"),
             (HoloV, {"chunks": 0}, "chunks=0"),
+            (VScan, {"first": 0.5}, "first=0.5"),
+            (VScan, {"window": 0}, "window=0"),
+            (VScan, {"layer": -1}, "layer=-1"),
             (HoloV, {"attention_weight": -1}, "attention_weight=-1"),
             (HoloV, {"variance_weight": -1}, "variance_weight=-1"),
         ],
@@ -311,7 +348,7 @@ class TestWrongInput:
         with pytest.raises(ValueError, match=says):
             cls(**parameters)
 
-    @pytest.mark.parametrize("method", [VisionZip(), PruMerge(), HoloV()])
+    @pytest.mark.parametrize("method", [VisionZip(), PruMerge(), HoloV(), VScan()])
     @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "llava_next"])
     def test_no_cls_token(self, method: Any, family: str) -> None:
         import vlm_attn

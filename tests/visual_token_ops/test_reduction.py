@@ -30,6 +30,7 @@ from vlm_attn.visual_token_ops import (
     Random,
     SparseVLM,
     VisionZip,
+    VScan,
 )
 
 SEED = 1
@@ -45,6 +46,7 @@ REDUCERS: dict[str, Callable[..., Reducer]] = {
     "visionzip": lambda **o: VisionZip(**{"keep": 0.5, "contextual": 0.3, **o}),
     "prumerge": lambda **o: PruMerge(**{"keep": 0.4, **o}),
     "holov": lambda **o: HoloV(**{"keep": 0.5, "chunks": 3, **o}),
+    "vscan": lambda **o: VScan(**{"keep": 0.3, "first": 2.0, "window": 2, "layer": 2, **o}),
     "vtw": lambda **o: VTW(**{"layer": 2, **o}),
 }
 
@@ -77,7 +79,7 @@ def reducer(name: str, family: tiny.Built | None = None, **options: Any) -> Redu
     if name == "downsample" and family is not None and family[0].config.model_type == "llava_next":
         pytest.skip("tiles and newline tokens form no single grid")
     method = REDUCERS[name](**options)
-    if method.needs_cls and family is not None and family[0].config.model_type != "llava":
+    if method.cls_layers and family is not None and family[0].config.model_type != "llava":
         pytest.skip("no CLS token to read")
     return method
 
@@ -340,6 +342,17 @@ class TestBesideOthers:
         same(run(family, [*others, reducer(name, family)], x), masked)
         same(run(family, [reducer(name, family), *others], x, use_cache=False), masked)
         differ(masked[1], bare[1])
+
+    @pytest.mark.filterwarnings("ignore:.*experiment")
+    @pytest.mark.parametrize("name", ["random", "fastv", "pyramid_drop", "sparsevlm"])
+    @pytest.mark.parametrize("other", ["mma", "vision_block"])
+    def test_prompt_masks(self, other: str, name: str) -> None:
+        family = built("llava")
+        x = family[1](PROMPTS, seed=SEED)
+        masked = run(family, [other, reducer(name, mode="mask")], x)
+        same(run(family, [other, reducer(name)], x), masked)
+        same(run(family, [reducer(name), other], x, use_cache=False), masked)
+        differ(masked[1], run(family, reducer(name), x)[1])
 
     def test_two_reducers(self, family: tiny.Built) -> None:
         model, inputs = family
