@@ -8,9 +8,12 @@ import inspect
 import logging
 import math
 import os
+import signal
 import tempfile
+import threading
 from abc import ABCMeta
 from collections.abc import Callable, Iterator, Sequence
+from html import escape
 from typing import Any
 
 from vlm_attn.evals._extras import require
@@ -38,6 +41,7 @@ from vlm_attn.evals.scenes import CATEGORIES  # noqa: E402
 
 AT_ONCE = 2  # visitors who are served at the same time; the others wait in the queue
 WAITING = 100  # and more than that are asked to come back
+SESSIONS = 200  # visitors whose last captions, with their picture, are kept in memory
 EXAMPLES = (3, 0, 8, 2, 12, 15)
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, ImportError, OSError, KeyError)
 TO_LINK = """query => {
@@ -66,7 +70,7 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(error, USER_ERRORS):
             log.exception("demo: %s", function.__name__)
             text = f"Something went wrong ({type(error).__name__}). The details are in the server's log."
-        return gr.Error(text, print_exception=False)
+        return gr.Error(escape(text, quote=False), print_exception=False)  # messages are rendered as HTML
 
     @functools.wraps(function)
     def plain(*args: Any) -> Any:
@@ -138,7 +142,7 @@ def build(studio: Studio) -> gr.Blocks:
             yield markup.captions(last), last
         for run in last.runs if last is not None else ():
             if run.error:
-                gr.Warning(f"{run.spec.label}: {run.error}")
+                gr.Warning(escape(f"{run.spec.label}: {run.error}", quote=False))
 
     @told
     def ask(path: str | None, scene: float | None, methods: list[str], question: str, *values: Any) -> str:
@@ -150,22 +154,25 @@ def build(studio: Studio) -> gr.Blocks:
             raise ValueError("Describe the picture first.")
         return result
 
+    def shown_as(found: tuple[Any, str]) -> tuple[Any, str]:
+        return found[0], escape(found[1])
+
     @told
     def look(result: Result | None, event: gr.SelectData) -> Any:
         run, word = (int(number) for number in event.index)
-        return studio.look(needs(result), run, word)
+        return shown_as(studio.look(needs(result), run, word))
 
     @told
     def saliency(result: Result | None) -> Any:
-        return studio.saliency(needs(result))
+        return shown_as(studio.saliency(needs(result)))
 
     @told
     def sinks(result: Result | None) -> Any:
-        return studio.sinks(needs(result))
+        return shown_as(studio.sinks(needs(result)))
 
     @told
     def kept(result: Result | None) -> Any:
-        return studio.kept(needs(result))
+        return shown_as(studio.kept(needs(result)))
 
     def used(methods: list[str]) -> list[Any]:
         names = {name for run in methods for name in run.split("+")}
@@ -187,8 +194,8 @@ def build(studio: Studio) -> gr.Blocks:
     def restore(query: str) -> list[Any]:
         state, wrong = link.from_query(query, SCENES, MAX_TOKENS, MAX_CHARACTERS)
         for sentence in wrong:
-            gr.Warning(sentence)
-        given = dict(text.split("=", 1) for text in state.params)
+            gr.Warning(escape(sentence, quote=False))
+        given = {key.strip(): value for key, _, value in (text.partition("=") for text in state.params)}
         fields = [_typed(control, given[control.key]) if control.key in given else gr.skip() for control in known]
         return [state.scene, list(state.methods), state.prompt, state.question, state.tokens, *fields]
 
@@ -270,7 +277,7 @@ def build(studio: Studio) -> gr.Blocks:
                     overlay = gr.Image(
                         label="Attention", height=380, format="png", buttons=["fullscreen"], elem_id="overlay"
                     )
-                    sentence = gr.Markdown(elem_id="sentence")
+                    sentence = gr.HTML(elem_id="sentence")
                 with gr.Tab("Yes or no"):
                     thing = gr.Dropdown(
                         sorted(CATEGORIES), value=None, label="Is there ...", info="Fills in POPE's question."
@@ -320,7 +327,7 @@ def build(studio: Studio) -> gr.Blocks:
 
 @contextlib.contextmanager
 def serving(
-    studio: Studio, *, host: str = "127.0.0.1", port: int | None = None, share: bool = False, quiet: bool = True
+    studio: Studio, *, host: str = "127.0.0.1", port: int | None = None, share: bool = False
 ) -> Iterator[gr.Blocks]:
     """Serve the page for the length of a ``with`` block. What it writes lies in a temporary folder, which goes with it.
 
@@ -329,7 +336,6 @@ def serving(
         host: address to listen on; the default is this machine only.
         port: default: the first free one from 7860 on.
         share: also make a public link through gradio's servers.
-        quiet: do not print the address.
 
     Yields:
         The page; its ``local_url`` is the address.
@@ -347,7 +353,7 @@ def serving(
                 server_port=port,
                 share=share,
                 prevent_thread_lock=True,
-                quiet=quiet,
+                quiet=True,
                 max_file_size=MAX_BYTES,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
                 css=markup.CSS,
@@ -355,6 +361,7 @@ def serving(
                 run_history=False,
                 ssr_mode=False,
                 enable_monitoring=False,
+                state_session_capacity=SESSIONS,
             )
             yield page
         finally:
@@ -366,9 +373,12 @@ def serving(
 
 
 def serve(studio: Studio, **options: Any) -> None:
-    """Serve the page until Ctrl-C; options as :func:`serving` takes them."""
-    with serving(studio, quiet=False, **options) as page:
-        page.block_thread()
+    """Serve the page until Ctrl-C (or a terminate signal), and say where it is; options as :func:`serving` takes them."""
+    with serving(studio, **options) as page:
+        print(f"Running on {page.share_url or page.local_url} - Ctrl-C ends it.", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # also then the temporary folder goes
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
 
 
 def _question(thing: str | None) -> Any:

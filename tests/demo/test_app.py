@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -207,11 +209,31 @@ class TestCommand:
             ("scenes", {"host": "0.0.0.0", "port": 8123, "share": True}),
         ]
 
-    def test_port_that_is_taken(self, page: Any) -> None:
-        result = CliRunner().invoke(cli.app, ["demo", "--port", str(page.server_port)])
-        assert result.exit_code == 2
-        assert str(page.server_port) in result.stderr
-        assert "Traceback" not in result.output
+    @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+    def test_until_it_is_told_to_end(self, tmp_path: Path, ending: signal.Signals) -> None:
+        """It says where it is, works, refuses a second one on the same port in one line, and leaves nothing behind."""
+        command = [sys.executable, "-m", "vlm_attn.cli", "demo"]
+        environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as served:
+            assert served.stdout is not None
+            line = next(line for line in served.stdout if "Running" in line)
+            address = line.split()[2]
+            assert httpx.get(address).status_code == 200
+            assert list(tmp_path.glob("vlm-attn-demo-*"))
+            if ending is signal.SIGINT:
+                port = address.rstrip("/").rpartition(":")[2]
+                second = subprocess.run(
+                    [*command, "--port", port], capture_output=True, text=True, check=False, env=environment
+                )
+                assert second.returncode == 2
+                assert second.stderr.startswith("Error: ")
+                assert port in second.stderr
+                assert len(second.stderr.splitlines()) == 1
+            served.send_signal(ending)
+            assert served.wait(60) == 0
+        assert not list(tmp_path.glob("vlm-attn-demo-*"))
 
     def test_without_gradio(self) -> None:
         code = (

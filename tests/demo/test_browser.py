@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,25 @@ def test_link(visit: Any) -> None:
     assert other.locator("#captions p").first.inner_text() == tab.locator("#captions p").first.inner_text()
     wrong = visit("?method=gfit")
     sync_api.expect(wrong.get_by_text("did you mean 'gift'")).to_be_visible()
+    evil = visit("?method=%3Cimg%20src%3Dx%20onerror%3D%22document.title%3D'evil'%22%3E")
+    sync_api.expect(evil.get_by_text("unknown method '<img")).to_be_visible()
+    assert evil.title() == "vlm-attn demo"
+
+
+@pytest.mark.usefixtures("slowly")
+def test_stop(visit: Any) -> None:
+    """The generations end, what was written so far stays, and the page goes on."""
+    tab = visit()
+    tab.click("#describe")
+    tab.locator("#captions span.word").first.wait_for()
+    assert [thread for thread in threading.enumerate() if "_write" in thread.name]
+    tab.click("#stop")
+    tab.wait_for_timeout(1000)
+    assert tab.locator("#captions button.word").count() == 0
+    assert tab.locator("#captions span.word").count() > 0
+    assert not [thread for thread in threading.enumerate() if "_write" in thread.name]
+    tab.click("#describe")
+    word(tab, 0, "safari").wait_for()
 
 
 def test_errors_are_messages(visit: Any, tmp_path: Path) -> None:

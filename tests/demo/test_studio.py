@@ -20,6 +20,8 @@ from vlm_attn.demo.studio import MAX_RUNS, Picture, Run, open_upload, scene_pict
 from vlm_attn.evals.prompts import generate
 from vlm_attn.evals.specs import parse_specs
 
+from ..evals.conftest import tiny_model, tiny_model_folder  # noqa: F401  (fixtures)
+
 PROMPT = "Please describe this image in detail."
 
 
@@ -284,3 +286,28 @@ def test_markup_escapes_what_others_wrote(studio: Any) -> None:
     assert "&lt;<button" in html
     assert "&lt;i&gt;" in html
     assert "<b>x" not in markup.answers([module.Answer("baseline", "<b>x", "no", "")])
+
+
+class TestAnotherModel:
+    """Random weights, no preset, and a picture that is no square."""
+
+    @pytest.fixture(scope="class")
+    def other(self, tiny_model: Any) -> Any:  # noqa: F811
+        return module.Studio(*tiny_model, "tiny")
+
+    def test_layers_have_to_be_given(self, other: Any) -> None:
+        with pytest.raises(ValueError, match="gift needs saliency_layers, enhance_layers for this model"):
+            other.specs(["baseline", "gift"])
+
+    def test_with_layers(self, other: Any) -> None:
+        picture = Picture(Image.effect_noise((90, 60), 90).convert("RGB"))
+        specs = other.specs(["baseline", "gift"], ("gift.saliency_layers=1", "gift.enhance_layers=1,2"))
+        *_, result = other.describe(picture, PROMPT, specs, 12)
+        assert [run.error for run in result.runs] == ["", ""]
+        assert {run.visual for run in result.runs} == {4}
+        for found in (other.look(result, 1, 0), other.saliency(result)):
+            image = np.asarray(found[0], dtype=float)
+            assert image.shape == (420, 630, 3)  # its processor cuts the sides off: nothing can be bright there
+            assert max(image[:, :100].mean(), image[:, -100:].mean()) < 0.6 * image[:, 110:-110].mean()
+        with pytest.raises(ValueError, match="var needs sink_dims"):
+            other.sinks(result)
