@@ -344,7 +344,13 @@ class _States:
 def measure(
     model: Any, processor: Any, split: str, *, limit: int | None = None, batch_size: int = 32, out: Path | None = None
 ) -> dict[str, Any]:
-    """All figures of the card, as they go into its JSON file; arguments as of `quality`."""
+    """All figures of the card, as they go into its JSON file; arguments as of `quality`.
+
+    Raises `ValueError` for a variant: without its mask or decoder its figures would mean nothing.
+    """
+    for name, usual in (("trained_mask", "causal"), ("trained_objective", "ar")):
+        if (trained := getattr(model.config, name, usual)) != usual:
+            raise ValueError(f"model with {name} {trained!r}: the card is of causal next-token models")
     return {
         "schema_version": 1,
         "card": "scenes",

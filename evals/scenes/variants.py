@@ -106,8 +106,8 @@ def compare(
         **run: see `train.run_stage`.
 
     Returns:
-        `start`: figures of the start per mask; `runs`: figures per mask and seed; `differences`: per mask and figure,
-        against the first mask.
+        `start`: figures of the start per mask; `runs`: figures per mask and seed; `settings`: of every run;
+        `differences`: per mask and figure, against the first mask.
 
     Raises:
         ValueError: fewer than two masks, a seed that repeats the bundled model's scenes, or a folder with other runs.
@@ -144,6 +144,7 @@ def compare(
     out: dict[str, Any] = {
         "start": {name: finished(f"start-{name}", settings(name, _OWN_SEED), trained=False) for name in names},
         "runs": {name: {} for name in names},
+        "settings": {k: v for k, v in asdict(settings(names[0], seeds[0])).items() if k not in ("mask", "seed")},
     }
     for seed in seeds:
         for name in names:

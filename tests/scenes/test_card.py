@@ -178,6 +178,13 @@ def test_the_bundled_card_is_of_the_bundled_weights(loaded):
         assert card.markdown(found) in content
 
 
+def test_a_variant_has_no_card(loaded, monkeypatch):
+    model, processor = loaded
+    monkeypatch.setattr(model.config, "trained_mask", "mma", raising=False)
+    with pytest.raises(ValueError, match="trained_mask 'mma'"):
+        card.measure(model, processor, "validation", limit=1)
+
+
 def test_the_prompt_of_the_attention_report_is_the_protocols():
     from vlm_attn.evals import chair
 
