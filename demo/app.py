@@ -58,8 +58,20 @@ def _path(self: Any, payload: Any) -> str | None:
     return None if payload is None else payload.path
 
 
-# A gr.Image with that preprocess, shown as one (is_template). Gradio's metaclass would write a .pyi file beside this one.
-Upload: Any = ABCMeta.__new__(type(gr.Image), "Upload", (gr.Image,), {"preprocess": _path, "is_template": True})
+async def _sent(self: Any, path: str) -> str | None:
+    """Gradio would fetch an address: the server reads what it was sent, and nothing else."""
+    if path.lower().startswith(("http:", "https:")):
+        raise gr.Error("Send the picture itself, not its address.", print_exception=False)
+    return await gr.Image.async_move_resource_to_block_cache(self, path)
+
+
+# A gr.Image with these two, shown as one (is_template). Gradio's metaclass would write a .pyi file beside this one.
+Upload: Any = ABCMeta.__new__(
+    type(gr.Image),
+    "Upload",
+    (gr.Image,),
+    {"preprocess": _path, "async_move_resource_to_block_cache": _sent, "is_template": True},
+)
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -54,7 +54,13 @@ def captions(result: Result) -> str:
     if objects is None:
         note = "What is in this picture is not known here, so no word is marked as wrong."
     else:
-        note = f"In the picture: {escape(', '.join(objects))}. Objects that are not in it are underlined in red."
+        marked = any(run.mentions is not None for run in result.runs)
+        how = (
+            "Objects that are not in it are underlined in red."
+            if marked
+            else "Wrong words are marked where simplemma is installed."
+        )
+        note = f"In the picture: {escape(', '.join(objects))}. {how}"
     return f'<div class="runs" aria-busy="{str(not done).lower()}">{boxes}</div><p class="note">{note}</p>'
 
 

@@ -264,7 +264,8 @@ def _draw_saliency(
     maps = vlm_attn.saliency(model, inputs, processor=processor, preset=preset)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{Path(name.replace(':', '-').replace('/', '-') if ':' in name else name).stem}.png"
-    importlib.import_module("vlm_attn.demo").overlay(image, maps[0]).save(file)
+    draw = importlib.import_module("vlm_attn.demo")
+    draw.overlay(image, maps[0], box=draw.seen_box(processor, image.size)).save(file)
     return file
 
 

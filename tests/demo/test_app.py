@@ -118,6 +118,11 @@ def test_upload_of_too_many_bytes(page: Any) -> None:
         assert httpx.post(f"{page.local_url}gradio_api/upload", files=files).status_code == status
 
 
+def test_addresses_are_not_fetched(page: Any) -> None:
+    with pytest.raises(AppError, match="not its address"):
+        describe(page, path={"path": f"{page.local_url}favicon.ico", "meta": {"_type": "gradio.FileData"}}, scene=None)
+
+
 def test_unexpected_errors_are_messages_too(page: Any, studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studio, "ask", lambda *_: 1 / 0)
     with pytest.raises(AppError, match="Something went wrong .ZeroDivisionError") as error:
