@@ -592,7 +592,21 @@ def restore(call: Call, output: Any) -> None:
     state = call.reduction
     if state is None or not state.drop or state.rows is None:
         return
-    output.last_hidden_state = state.spread_rows(output.last_hidden_state, call.length)
+
+    def widen(hidden: Tensor, layer: int) -> Tensor:
+        kept = state.layers[layer]
+        if hidden.shape[1] == call.length or kept.columns is None:
+            return hidden
+        tail = call.first + call.length - call.prompt.length
+        columns = kept.keys(call.first + call.length)[:, -hidden.shape[1] :]
+        visible = nn.functional.pad(kept.visible, (0, tail), value=True).gather(1, columns)[..., None]
+        wide = hidden.new_zeros(len(hidden), call.length, hidden.shape[2])
+        return wide.scatter(1, (columns - call.first)[..., None].expand_as(hidden), hidden * visible)
+
+    last = max(state.layers)
+    output.last_hidden_state = widen(output.last_hidden_state, last)
+    if getattr(output, "hidden_states", None) is not None:  # number 0 is the first layer's input, 1 its output
+        output.hidden_states = tuple(widen(h, max(0, i - 1)) for i, h in enumerate(output.hidden_states))
 
 
 @dataclass

@@ -80,12 +80,12 @@ def variants(layers: int, hidden: int) -> dict[str, list[Any] | None]:
 class _Clock:
     """A streamer that only looks at the clock."""
 
-    def __init__(self, synchronize: Callable[[], None]) -> None:
-        self.synchronize, self.times = synchronize, []  # type: ignore[var-annotated]
+    def __init__(self, synchronize: Callable[[], None], now: Callable[[], float] = time.perf_counter) -> None:
+        self.synchronize, self.now, self.times = synchronize, now, []  # type: ignore[var-annotated]
 
     def put(self, value: torch.Tensor) -> None:
         self.synchronize()
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
 
     def end(self) -> None:
         pass

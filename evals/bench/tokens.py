@@ -12,6 +12,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,8 +63,17 @@ def columns_per_layer(model: Any, columns: int, layers: int) -> list[int]:
     return found
 
 
-def time_once(model: Any, inputs: dict[str, Any], method: Any, tokens: int) -> dict[str, Any]:
+def time_once(
+    model: Any, inputs: dict[str, Any], method: Any, tokens: int, now: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
     """One generation.
+
+    Args:
+        model: the model, not patched.
+        inputs: its inputs.
+        method: the reducer, None for the plain model.
+        tokens: number of tokens to generate.
+        now: the clock to look at.
 
     Returns:
         Seconds: ``first`` token from the call on, ``prefill`` without the vision tower, ``decode`` per token (median),
@@ -71,17 +81,17 @@ def time_once(model: Any, inputs: dict[str, Any], method: Any, tokens: int) -> d
         ``columns``: per layer.
     """
     cuda = inputs["input_ids"].is_cuda
-    clock = _Clock(torch.cuda.synchronize if cuda else lambda: None)
+    clock = _Clock(torch.cuda.synchronize if cuda else lambda: None, now)
     spent = 0.0
     original = reduction._reduce
 
     def timed(*args: Any) -> Any:
         nonlocal spent
         clock.synchronize()
-        start = time.perf_counter()
+        start = now()
         result = original(*args)
         clock.synchronize()
-        spent += time.perf_counter() - start
+        spent += now() - start
         return result
 
     layers = model.config.text_config.num_hidden_layers
@@ -93,7 +103,7 @@ def time_once(model: Any, inputs: dict[str, Any], method: Any, tokens: int) -> d
         reduction._reduce = timed  # type: ignore[assignment]
     try:
         clock.synchronize()
-        start = time.perf_counter()
+        start = now()
         out = model.generate(
             **inputs,
             do_sample=False,
@@ -134,12 +144,18 @@ def run(
     device: str,
     dtype: str,
     seed: int,
+    cpu_time: bool = False,
 ) -> dict[str, Any]:
     """Measure; see :func:`tokens` for the parameters.
 
     Returns:
         The result as it is written to JSON.
     """
+    if cpu_time and device.startswith("cuda"):
+        raise ValueError("--cpu-time says nothing about a GPU: leave it out")
+    if cpu_time:
+        torch.set_num_threads(1)  # threads that wait for each other would count
+    now = time.process_time if cpu_time else time.perf_counter
     model = build_model(layers, hidden, device, getattr(torch, dtype))
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(3, 31000, (1, text_tokens), generator=generator)
@@ -164,7 +180,7 @@ def run(
         for repeat in range(-1, repeats):  # the first round warms up
             shuffle.shuffle(order)
             for name in order:
-                measured = time_once(model, inputs, compared[name], tokens)
+                measured = time_once(model, inputs, compared[name], tokens, now)
                 if repeat >= 0:
                     runs[name].append(measured)
                 progress.advance(task)
@@ -199,6 +215,7 @@ def run(
             "repeats": repeats,
             "dtype": dtype,
             "seed": seed,
+            "clock": "CPU time" if cpu_time else "wall time",
         },
         "device": torch.cuda.get_device_name()
         if device.startswith("cuda")
@@ -228,6 +245,10 @@ def tokens(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of inputs and order.")] = 0,
+    cpu_time: Annotated[
+        bool,
+        typer.Option("--cpu-time", help="Count CPU time of one thread, where other programs keep the machine busy."),
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")
     ] = None,
@@ -254,13 +275,14 @@ def tokens(
         device=device,
         dtype=dtype,
         seed=seed,
+        cpu_time=cpu_time,
     )
     config = result["config"]
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "FLOPs", "prefill", "first token", "decode", "choosing", "cache", "peak"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for name, found in result["ratios_to_plain"].items():
-        cells = [f"{found[k]['median']:.3f} [{found[k]['p20']:.2f}, {found[k]['p80']:.2f}]" for k in ("prefill",)]
+        cells = [f"{found[k]['median']:.3f} ({found[k]['p20']:.2f}..{found[k]['p80']:.2f})" for k in ("prefill",)]
         cells += [f"{found[k]['median']:.3f}" for k in ("first", "decode")]
         cells += [f"{found['select']['median']:.1%}", f"{found['cache']:.3f}"]
         table.add_row(name, f"{found['flops']:.3f}", *cells, f"{found['peak']:.3f}" if found["peak"] else "-")
@@ -268,7 +290,8 @@ def tokens(
     console.print(
         f"random-weight LLaVA, {config['parameters'] / 1e6:.0f} M parameters, {config['visual_tokens']} visual + "
         f"{text_tokens} text tokens, {new_tokens} new tokens, {dtype} on {result['device']}, {result['threads']} threads; "
-        f"ratios to the plain model, median [p20, p80] of {repeats} paired runs; choosing: its share of a plain prefill"
+        f"{config['clock']}, ratios to the plain model, median and p20..p80 of {repeats} paired runs; "
+        "choosing: its share of a plain prefill"
     )
     console.print(table)
     if json_file is not None:

@@ -173,6 +173,21 @@ class TestExact:
         empty = (out.logits[0] == 0).all(1).nonzero().flatten().tolist()
         assert empty == [4 + i for i in range(9) if i not in index.tolist()]
 
+    @pytest.mark.parametrize("beside", [[], [Gift(**ACTIVE["gift"])]])
+    def test_hidden_states_keep_their_length(self, beside: list[Any]) -> None:
+        model, inputs = built("llava")
+        x = inputs(PROMPTS, seed=SEED)
+        found = []
+        for mode in ("drop", "mask"):
+            with vlm_attn.patched(model, [FastV(layer=2, keep=3, mode=mode), *beside]), torch.no_grad():
+                found.append(model(**x, output_hidden_states=True).hidden_states)
+        assert len(found[0]) == len(found[1]) == 5
+        for dropped, masked in zip(*found, strict=True):
+            there = dropped.ne(0).any(-1) & x["attention_mask"].bool()
+            close(dropped[there], masked[there])
+            assert there[:, -1].all()
+        assert there.sum() == x["attention_mask"].sum() - 6 * 6
+
     def test_the_cache_shrinks(self) -> None:
         model, inputs = built("llava")
         x = inputs([[3, "image", 9]], seed=SEED)
