@@ -79,7 +79,8 @@ class SparseVLM(Reducer):
 
     def read_rows(self, call: Call) -> Tensor:
         """All text behind the image ``[B, T]``: few rows, and which of them rate is another question."""
-        text = call.layout.text_after_image
+        text = call.layout.text_after_image.clone()
+        text[:, : call.first] = False  # an earlier turn's
         order = (~text).int().argsort(dim=1, stable=True)[:, : int(text.sum(1).max())]
         return order.masked_fill(~text.gather(1, order), -1)
 

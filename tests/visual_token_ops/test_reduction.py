@@ -284,6 +284,28 @@ class TestDecoding:
                 )
         same(*found)
 
+    @pytest.mark.parametrize("name", [name for name in REDUCERS if name != "downsample"])
+    def test_new_image_in_second_turn(self, name: str) -> None:
+        model, inputs = built("llava")
+        x = inputs([[3, "image", 5, "image", 6]], seed=SEED)
+        cut = 4 + 9 + 5
+        found = []
+        for mode in ("drop", "mask"):
+            method = reducer(name, mode=mode)
+            with vlm_attn.patched(model, method), torch.no_grad():
+                first = {"input_ids": x["input_ids"][:, :cut], "pixel_values": x["pixel_values"][:1]}
+                cache = model(**first).past_key_values
+                second = {"input_ids": x["input_ids"], "attention_mask": x["attention_mask"]}
+                both = {**second, "pixel_values": x["pixel_values"][1:], "past_key_values": cache}
+                if method.reads_ahead:
+                    with pytest.raises(NotImplementedError, match="new image on a cache"):
+                        generate(model, both)
+                    return
+                found.append(generate(model, both))
+                assert [len(image.stages) for image in vlm_attn.kept(model)] == [0, len(vlm_attn.kept(model)[1].stages)]
+                assert vlm_attn.kept(model)[1].stages
+        same(*found)
+
     @some
     def test_sampling_repeats(self, family: tiny.Built, name: str) -> None:
         x = family[1](PROMPTS[:2], seed=SEED)
