@@ -17,7 +17,7 @@ if __name__ == "kernels":
     # Where none is installed this stays an empty module without a version, which transformers takes for "not there".
 else:
     from vlm_attn.kernels import masks
-    from vlm_attn.kernels.dispatch import combine, edited_attention, segmented_attention
+    from vlm_attn.kernels.dispatch import combine, edited_attention, prefer, segmented_attention
     from vlm_attn.kernels.edited import Edit, Policy, attention_rows, one_hot_segments
     from vlm_attn.kernels.groups import Group
     from vlm_attn.kernels.prefill import Score, masked_attention
@@ -35,6 +35,7 @@ else:
         "masked_attention",
         "masks",
         "one_hot_segments",
+        "prefer",
         "probe",
         "segmented_attention",
     ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Backend(NamedTuple):
 TRITON = importlib.util.find_spec("triton") is not None
 
 BACKENDS: dict[str, list[Backend]] = {}
+_preferred: str | None = None
 _chosen: dict[tuple[str, str | None, Facts], Backend] = {}
 
 
@@ -74,6 +76,8 @@ def choose(operation: str, facts: Facts, name: str | None = None) -> Backend:
         ValueError: there is no backend of that name.
         RuntimeError: the backend asked for does not fit, or none does; the message says which constraint.
     """
+    if name is None and _preferred is not None and any(b.name == _preferred for b in BACKENDS[operation]):
+        name = _preferred
     known = (operation, name, facts)
     if not torch.compiler.is_compiling() and known in _chosen:
         return _chosen[known]
@@ -96,12 +100,35 @@ def choose(operation: str, facts: Facts, name: str | None = None) -> Backend:
     raise RuntimeError("; ".join(reasons))
 
 
+@contextmanager
+def prefer(name: str) -> Iterator[None]:
+    """Within the block, ask for this backend wherever an operation has one of the name (in all threads).
+
+    Args:
+        name: ``triton``, ``grouped``, ``sdpa``, ``eager`` or ``reference``.
+
+    Raises:
+        ValueError: no operation has such a backend.
+    """
+    global _preferred
+    names = sorted({backend.name for offered in BACKENDS.values() for backend in offered})
+    if name not in names:
+        raise ValueError(f"backend {name!r}: there are {', '.join(names)}")
+    before, _preferred = _preferred, name
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
 def triton_refuses(facts: Facts) -> str | None:
     """What every Triton kernel needs."""
     if facts.device != "cuda" and not (facts.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"device is {facts.device}, Triton needs cuda (to test on a CPU: TRITON_INTERPRET=1 before the first import)"
     if not TRITON:
         return "triton is not installed"
+    if facts.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return f"compute capability is {torch.cuda.get_device_capability()}, the kernels need (8, 0) or later"
     if facts.dtype not in TRITON_DTYPES:
         return f"dtype is {facts.dtype}, allowed are float16, bfloat16 and float32"
     if not 1 <= facts.dim <= MOST_DIM:

@@ -60,7 +60,7 @@ def totals_kernel(
     q_at = query + b * query_b + h * query_h + row * query_q
     q = tl.load(q_at[:, None] + d[None, :] * query_d, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
     last = tl.load(last_column + b * rows + row, mask=inside, other=-1) if LAST else row
-    mask_at = mask + b * mask_b + h * mask_h + row * mask_q
+    mask_at = mask + b * mask_b + h * mask_h + row.to(tl.int64) * mask_q
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     distance = tl.zeros([BLOCK_R], tl.float32)  # sum of p * (logit - top), which does not cancel
@@ -124,7 +124,7 @@ def columns_kernel(
             q_at = query + b * query_b + h * query_h + row * query_q
             q = tl.load(q_at[:, None] + d[None, :] * query_d, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
             logits = row_logits(
-                q, key + b * key_b + h // ratio * key_h, mask + b * mask_b + h * mask_h + row * mask_q,
+                q, key + b * key_b + h // ratio * key_h, mask + b * mask_b + h * mask_h + row.to(tl.int64) * mask_q,
                 keys + b * length, last, s, d, inside, valid, dim,
                 scale, cap, hidden, key_s, key_d, mask_s, MASK, CAP, LAST, KEYS,
             )  # fmt: skip

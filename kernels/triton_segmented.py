@@ -22,6 +22,14 @@ from vlm_attn.kernels import tuning
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
+# Triton compiles again for sizes that are 1 or multiples of 16. These change while a cache grows: one version for all.
+GROWING = ["length", "chunk", "parts", "mask_b", "mask_h", "mask_q", "segments_b", "lse_row"]
+
+
+def jit_growing(kernel):  # type: ignore[no-untyped-def]
+    """``triton.jit`` without a version of its own for values of the arguments in ``GROWING``."""
+    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    return triton.jit(kernel, do_not_specialize=[name for name in GROWING if name in names])
 
 
 @triton.jit
@@ -67,7 +75,7 @@ def leave(lse_at, out_at, top, total, out, inside, d, dim, part, parts):
     tl.store(out_at[:, None] + part * dim + d[None, :], out, mask=(inside & some)[:, None] & (d < dim)[None, :])
 
 
-@triton.jit
+@jit_growing
 def partials_kernel(
     query, key, value, segments, mask, lse, out,
     scale, cap, hidden,
@@ -169,7 +177,7 @@ def partials_kernel(
     )
 
 
-@triton.jit
+@jit_growing
 def masses_kernel(lse, mass, N, parts, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
     """Masses of one row from its chunks: segment n's sum over the sum of all keys, which stands behind the segments."""
     row = tl.program_id(0).to(tl.int64)
@@ -185,7 +193,7 @@ def masses_kernel(lse, mass, N, parts, BLOCK_N: tl.constexpr, BLOCK_T: tl.conste
     tl.store(mass + row * N + n, tl.where(total > 0, sums / tl.where(total > 0, total, 1.0), 0.0), mask=n < N)
 
 
-@triton.jit
+@jit_growing
 def combine_kernel(
     lse, out, weight, head_scale, result, result_lse,
     lse_row, out_row, N, parts, heads, rows, dim, result_b, result_h, result_q,
@@ -302,9 +310,7 @@ def masses(lse: Tensor) -> Tensor:
     """Masses ``[B * H * Q, N]`` float32 from ``lse [B * H * Q, N + 1, T]``."""
     count, parts = lse.shape[1] - 1, lse.shape[2]
     mass = torch.empty(lse.shape[0], count, dtype=torch.float32, device=lse.device)
-    masses_kernel[(lse.shape[0],)](
-        lse, mass, count, parts, BLOCK_N=next_power(count + 1), BLOCK_T=next_power(parts), num_warps=1
-    )
+    masses_kernel[(lse.shape[0],)](lse, mass, count, parts, BLOCK_N=8, BLOCK_T=64, num_warps=1)
     return mass
 
 
@@ -337,7 +343,7 @@ def _launch_combine(
         lse if result_lse is None else result_lse,
         lse.stride(0), out.stride(0), count, parts, heads, rows, dim, *result.stride()[:3],
         WEIGHT=0 if weight is None else kind, SCALE=head_scale is not None, KEEP_LSE=result_lse is not None,
-        BLOCK_M=next_power(count * parts), BLOCK_D=next_power(dim), STEP=min(16, next_power(count * parts)), num_warps=4,
+        BLOCK_M=64 if count * parts <= 64 else 512, BLOCK_D=next_power(dim), STEP=16, num_warps=4,
     )  # fmt: skip
 
 

@@ -71,6 +71,18 @@ def test_unknown_backend() -> None:
         edited_attention(*qkv(), [EDIT], scale=1.0, softcap=2.0, backend="sdpa")
 
 
+def test_prefer() -> None:
+    with dispatch.prefer("reference"):
+        assert choose("edited_attention", facts(device="cpu")).name == "reference"
+        with dispatch.prefer("eager"):  # which only the probe has
+            assert choose("edited_attention", facts(device="cpu")).name == "grouped"
+            assert choose("probe", facts(device="cpu")).name == "eager"
+        assert choose("combine", facts(device="cpu")).name == "reference"
+    assert choose("edited_attention", facts(device="cpu")).name == "grouped"
+    with pytest.raises(ValueError, match="backend 'fast': there are eager, grouped, reference, sdpa, triton"):
+        dispatch.prefer("fast").__enter__()
+
+
 def test_a_decision_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_chosen", {})
     choose("edited_attention", facts(device="cpu"))
