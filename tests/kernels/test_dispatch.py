@@ -11,6 +11,8 @@ from torch import Tensor
 from vlm_attn.kernels import Edit, combine, dispatch, edited_attention, one_hot_segments, segmented_attention
 from vlm_attn.kernels.dispatch import Facts, choose
 
+from .running import DEVICE, why_not
+
 EDIT = Edit(one_hot_segments(torch.tensor([[0, 1, 1, 0, 1]]), 2), lambda mass: 1 + mass)
 
 
@@ -166,10 +168,11 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_triton_operations_compile_without_a_graph_break() -> None:
-    pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    query, key, value = (t.to(device) for t in qkv())
-    edit = Edit(EDIT.segments.to(device), EDIT.policy)
+    if reason := why_not():
+        pytest.skip(reason)
+
+    query, key, value = (t.to(DEVICE) for t in qkv())
+    edit = Edit(EDIT.segments.to(DEVICE), EDIT.policy)
     compiled = torch.compile(
         lambda *tensors: edited_attention(*tensors, [edit], scale=0.5, backend="triton"),
         fullgraph=True,
@@ -182,15 +185,15 @@ def test_triton_operations_compile_without_a_graph_break() -> None:
 
 def test_registered_operations() -> None:
     """Schemas and fake implementations say what the operations do."""
-    pytest.importorskip("triton")
+    if reason := why_not():
+        pytest.skip(reason)
     from vlm_attn.kernels import ops
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    query, key, value = (t.to(device) for t in qkv())
-    segments = EDIT.segments.to(device)
+    query, key, value = (t.to(DEVICE) for t in qkv())
+    segments = EDIT.segments.to(DEVICE)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.partials, (query, key, value, segments, None, 0.5, None), test_utils=checks)
     lse, out = ops.partials(query, key, value, segments, None, 0.5, None)
     torch.library.opcheck(ops.masses, (lse,), test_utils=checks)
-    arguments = (lse, out, torch.ones(4, 2, device=device), None, 1, 4, torch.float32)
+    arguments = (lse, out, torch.ones(4, 2, device=DEVICE), None, 1, 4, torch.float32)
     torch.library.opcheck(ops.combine, arguments, test_utils=checks)

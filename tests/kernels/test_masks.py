@@ -77,7 +77,7 @@ def test_batched_padding_is_each_row_alone() -> None:
         assert not got[1, :, :, :2].any(), name
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     st.lists(st.sampled_from("svqrap"), min_size=1, max_size=12),
     st.sampled_from(sorted(WANTED)),

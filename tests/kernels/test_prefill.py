@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vlm_attn.kernels import Group, Score, masked_attention, masks
 
-from .test_triton_segmented import DEVICE, DTYPES, STRIDES, as_good, laid_out, poisoned  # noqa: F401  (a fixture)
+from .running import DEVICE, DTYPES, STRIDES, as_good, laid_out, needs_triton, poisoned  # noqa: F401  (a fixture)
 
 NAMES = [*masks.MASKS, "sliding:9"]
 
@@ -53,36 +53,36 @@ def check(tensors: list[Tensor], group: Tensor, mask: masks.Mask, dtype: torch.d
     as_good(lse, wanted_lse, plain_lse, dtype)
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mask(name: str, dtype: torch.dtype) -> None:
-    pytest.importorskip("triton")
     check(*problem(dtype=dtype), masks.named(name), dtype)
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("heads", "dim", "rows"), [((7, 1), 72, 1), ((2, 2), 80, 33), ((6, 3), 96, 64), ((1, 1), 128, 75)]
 )
 def test_odd_shapes(heads: tuple[int, int], dim: int, rows: int, dtype: torch.dtype) -> None:
-    pytest.importorskip("triton")
     tensors, group = problem(heads=heads, dim=dim, rows=rows, batch=1, dtype=dtype)
     check(tensors, group, masks.modality_mutual, dtype)
     if rows < 75:
         check(tensors, group, masks.modality_mutual, dtype, first=3)
 
 
+@needs_triton
 @pytest.mark.parametrize("score", [Score(visual_abs=0.5), Score(0.0, 1.15, 0.95), Score(0.3, 1.1, 0.9)])
 def test_score_functions(score: Score) -> None:
-    pytest.importorskip("triton")
     tensors, group = problem()
     for score_from in (0, 74, torch.tensor([20, 50], device=DEVICE)):
         check(tensors, group, masks.causal, torch.float32, score=score, score_from=score_from, softcap=4.0)
 
 
+@needs_triton
 def test_cross_attention() -> None:
     """Rows that are no keys: text looks at image tokens, some of them padding."""
-    pytest.importorskip("triton")
     tensors, _ = problem(rows=20, length=33)
     group = torch.full((2, 33), int(Group.VISUAL), device=DEVICE)
     group[1, 10:] = int(Group.PAD)
@@ -94,15 +94,15 @@ def test_cross_attention() -> None:
     assert not masked_attention(*tensors, blind, group, row_group=text, scale=1.0, backend="triton")[0, :, :4].any()
 
 
+@needs_triton
 @settings(
-    max_examples=100,
+    max_examples=300,
     deadline=None,
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data())
 def test_any_shape(data: st.DataObject) -> None:
-    pytest.importorskip("triton")
     dtype = data.draw(st.sampled_from(DTYPES))
     length = data.draw(st.integers(1, 140))
     rows = data.draw(st.integers(1, length))
@@ -124,9 +124,9 @@ def test_any_shape(data: st.DataObject) -> None:
     check(tensors, group[:, :prompt], mask, dtype, first=data.draw(st.integers(0, length - rows)), softcap=softcap)
 
 
+@needs_triton
 @pytest.mark.parametrize("name", NAMES)
 def test_tiles_hold_what_the_matrix_holds(name: str) -> None:
-    pytest.importorskip("triton")
     from vlm_attn.kernels import triton_prefill
 
     _, group = problem(length=100)
@@ -147,9 +147,9 @@ def test_tiles_hold_what_the_matrix_holds(name: str) -> None:
             assert kinds == [2] * int(full[b, i]) + [1] * int(some[b, i]) + [0] * kinds.count(0)
 
 
+@needs_triton
 def test_hidden_tiles_are_not_read() -> None:
     """Keys of tiles that no row sees may hold anything: they cost nothing because they are never loaded."""
-    pytest.importorskip("triton")
     tensors, group = problem(batch=1, length=300, rows=40)
     wanted = masked_attention(*tensors, masks.named("sliding:9"), group, scale=0.25, backend="triton")
     for tensor in tensors[1:]:
@@ -158,10 +158,8 @@ def test_hidden_tiles_are_not_read() -> None:
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", "reference", pytest.param("triton", marks=needs_triton)])
 def test_one_causal_prompt_is_plain_attention(backend: str) -> None:
-    if backend == "triton":
-        pytest.importorskip("triton")
     tensors, _ = problem(batch=1)
     group = torch.zeros(1, 75, dtype=torch.uint8, device=DEVICE)
     got = masked_attention(*tensors, masks.causal, group, scale=0.25, backend=backend)
@@ -177,8 +175,8 @@ def test_sdpa_agrees(name: str) -> None:
     assert torch.allclose(got, wanted, atol=3e-6)
 
 
+@needs_triton
 def test_compiles_without_a_graph_break() -> None:
-    pytest.importorskip("triton")
     tensors, group = problem(length=40)
 
     def run(*tensors: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm_attn.kernels import one_hot_segments, probe
 
-from .test_triton_segmented import DEVICE, DTYPES, STRIDES, as_good, laid_out, poisoned  # noqa: F401  (a fixture)
+from .running import DEVICE, DTYPES, STRIDES, as_good, laid_out, needs_triton, poisoned  # noqa: F401  (a fixture)
 
 
 def problem(
@@ -68,37 +68,37 @@ def check(query: Tensor, key: Tensor, options: dict[str, Any], dtype: torch.dtyp
             as_good(getattr(got, name), getattr(wanted, name), getattr(plain, name), torch.float32)
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
 @pytest.mark.parametrize("layout", STRIDES)
 def test_masks_and_layouts(kind: str, layout: str, dtype: torch.dtype) -> None:
-    pytest.importorskip("triton")
     check(*problem(kind=kind, layout=layout, dtype=dtype, batch=1), dtype)
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "rows", "dim"), [((7, 1), 1, 72), ((2, 2), 64, 80), ((6, 3), 17, 96)])
 def test_odd_shapes(heads: tuple[int, int], rows: int, dim: int, dtype: torch.dtype) -> None:
-    pytest.importorskip("triton")
     check(*problem(heads=heads, rows=rows, dim=dim, batch=1, length=70, dtype=dtype), dtype)
 
 
+@needs_triton
 def test_column_sums_of_a_whole_causal_prompt() -> None:
-    pytest.importorskip("triton")
     query, key, options = problem(heads=(2, 1), rows=150, length=150)
     options |= {"last": torch.arange(150, device=DEVICE)[None], "keys": torch.arange(150, device=DEVICE)[None] >= 7}
     check(query, key, options, torch.float32, maps=False)
 
 
+@needs_triton
 @settings(
-    max_examples=100,
+    max_examples=300,
     deadline=None,
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data())
 def test_any_shape(data: st.DataObject) -> None:
-    pytest.importorskip("triton")
     dtype = data.draw(st.sampled_from(DTYPES))
     case = problem(
         heads=data.draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (2, 2)])),

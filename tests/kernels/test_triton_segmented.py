@@ -19,45 +19,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from vlm_attn.kernels import Edit, combine, edited_attention, one_hot_segments, segmented_attention
 from vlm_attn.kernels.edited import attention_rows
 
-pytest.importorskip("triton", reason="triton is not installed")
+from .running import DEVICE, DTYPES, STRIDES, as_good, laid_out, poisoned, why_not  # noqa: F401  (a fixture)
+
+if reason := why_not():
+    pytest.skip(reason, allow_module_level=True)
 from vlm_attn.kernels import triton_segmented
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter's dot is wrong in bfloat16 (it computes on the bits).
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-STRIDES = ["contiguous", "rows first", "every other key"]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-
-    def poisoned_empty(*args: Any, **kwargs: Any) -> Tensor:
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
-
-
-def as_good(got: Tensor, wanted: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
-    """Error of ``got`` at most twice that of ``plain``, plus four roundings of the largest value."""
-    assert got.shape == wanted.shape
-    assert not got.isnan().any()
-    infinite = wanted.isinf()
-    assert torch.equal(got.isinf(), infinite)
-    got, plain, wanted = (t.double().masked_fill(infinite, 0.0) for t in (got, plain, wanted))
-    allowed = 2 * (plain - wanted).abs().max() + 4 * torch.finfo(dtype).eps * wanted.abs().max().clamp_min(1e-6)
-    error = (got - wanted).abs().max()
-    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
-
-
-def laid_out(tensor: Tensor, how: str) -> Tensor:
-    """The same values in another memory layout."""
-    if how == "rows first":
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    if how == "every other key":
-        return tensor.repeat_interleave(2, 2)[:, :, ::2]
-    return tensor
 
 
 def problem(
