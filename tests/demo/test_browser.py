@@ -31,8 +31,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, page: Any) -> Iterator[Any]:
-    """Opens the page as a new visitor; at the end no visitor may have seen an error of a script."""
-    contexts, errors = [], []
+    """Opens the page as a new visitor; none may have seen a script fail, or have asked another server for anything."""
+    contexts, errors, elsewhere = [], [], []
 
     def start(query: str = "", **options: Any) -> Any:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
@@ -40,6 +40,7 @@ def visit(browser: Any, page: Any) -> Iterator[Any]:
         tab = context.new_page()
         tab.set_default_timeout(LONG)
         tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("request", lambda request: elsewhere.append(request.url) if page.local_url not in request.url else None)
         tab.goto(page.local_url + query)
         tab.wait_for_selector("#describe")
         tab.wait_for_selector("#picture img")  # the state of the link is there
@@ -49,6 +50,7 @@ def visit(browser: Any, page: Any) -> Iterator[Any]:
     for context in contexts:
         context.close()
     assert errors == []
+    assert [url for url in elsewhere if not url.startswith(("data:", "blob:"))] == []
 
 
 def keep(tab: Any, name: str) -> None:
