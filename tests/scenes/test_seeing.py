@@ -44,7 +44,9 @@ def test_methods_can_edit_it(seeing_model):
     inputs = prompts.build_inputs(model, processor, [seeing.picture(0)[0]], [seeing.PROMPT])
     with torch.no_grad():
         plain = model(**inputs).logits
-        with vlm_attn.patched(model, "gift", processor=processor, saliency_layers=0, enhance_layers=(0, 1)):
+        with vlm_attn.patched(
+            model, "gift", processor=processor, saliency_layers=0, enhance_layers=(0, 1), query_words="all"
+        ):
             edited = model(**inputs).logits
         assert torch.equal(model(**inputs).logits, plain)
     assert (edited[:, -1] - plain[:, -1]).abs().max() > 1e-3
