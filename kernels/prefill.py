@@ -5,6 +5,7 @@ logits = score(softcap(q k scale)),   p = softmax over the keys the mask shows, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -176,10 +177,15 @@ def _prefill_refuses(facts: Facts) -> str | None:
 
 @register("masked_attention", "triton", _prefill_refuses)
 def _masked_triton(problem: Problem) -> tuple[Tensor, Tensor]:
+    run: Callable[..., tuple[Tensor, Tensor]]
     if torch.compiler.is_compiling():
-        from vlm_attn.kernels.ops import masked_attention as run
+        from vlm_attn.kernels import ops
+
+        run = ops.masked_attention
     else:
-        from vlm_attn.kernels.triton_prefill import masked_attention as run
+        from vlm_attn.kernels import triton_prefill
+
+        run = triton_prefill.masked_attention
     clauses = [int(number) for clause in problem.mask.clauses for number in clause]
     tokens = [problem.rows.group, problem.keys.group, problem.rows.image, problem.keys.image]
     score = None if problem.score is None else list(problem.score)

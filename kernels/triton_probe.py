@@ -6,6 +6,8 @@ every chunk of keys; the second knows the rows' totals and writes probabilities 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -157,12 +159,13 @@ def probe(
     parts = tuning.parts(query, batch * heads * tiles, length, block["BLOCK_S"])
     chunk = triton.cdiv(triton.cdiv(length, parts), block["BLOCK_S"]) * block["BLOCK_S"]
     parts = triton.cdiv(length, chunk)
-    made = {"dtype": torch.float32, "device": query.device}
+    made: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     lse, entropy = torch.empty(2, batch, heads, rows, parts, **made).unbind(0)
     mass = torch.empty(batch, heads, rows, parts, count, **made)
     attention = torch.empty(batch, heads, rows if maps else 0, length, **made)
     column_sum = torch.empty(batch, heads, length, **made)
-    kind, hidden, seen, mask_strides = NO_MASK, 0.0, query, (0, 0, 0, 0)
+    kind, hidden, seen = NO_MASK, 0.0, query
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
         hidden = 0.0 if kind == BOOL_MASK else torch.finfo(mask.dtype).min / 2

@@ -286,10 +286,9 @@ def partials(
     tiles, parts = triton.cdiv(ratio * rows, block["BLOCK_R"]), triton.cdiv(length, chunk)
     lse = torch.empty(batch * heads * rows, count + 1, parts, dtype=torch.float32, device=query.device)
     out = torch.empty(batch * heads * rows, count, parts, dim, dtype=torch.float32, device=query.device)
-    kind, hidden = NO_MASK, 0.0
-    if mask is None:
-        seen, mask_strides = query, (0, 0, 0, 0)
-    else:
+    kind, hidden, seen = NO_MASK, 0.0, query
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
         hidden = 0.0 if kind == BOOL_MASK else torch.finfo(mask.dtype).min / 2
         seen = mask.view(torch.uint8) if kind == BOOL_MASK else mask

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ import vlm_attn
 from vlm_attn.hallucination import Gift, Var
 from vlm_attn.kernels import Edit, Group, edited_attention, masked_attention, masks, one_hot_segments, probe
 
+QKV = tuple[Tensor, Tensor, Tensor]
 Run = Callable[[int], Any]  # runs once on the buffers of this number
 
 
@@ -51,9 +53,8 @@ def timed(
     """Seconds of one run of every column, ``repeats`` times, in a shuffled order."""
     runs: dict[str, Callable[[], Any]] = {}
     for name, column in columns.items():
-        for index in range(buffers):  # compiles and warms up
-            column(index)
-        runs[name] = _graphed(column, buffers) if graph else lambda column=column: [column(i) for i in range(buffers)]
+        _all(column, buffers)  # compiles and warms up
+        runs[name] = _graphed(column, buffers) if graph else partial(_all, column, buffers)
     times: dict[str, list[float]] = {name: [] for name in columns}
     order, shuffle = list(columns), random.Random(seed)
     for _ in range(repeats):
@@ -63,16 +64,20 @@ def timed(
     return times
 
 
+def _all(column: Run, buffers: int) -> None:
+    for index in range(buffers):
+        column(index)
+
+
 def _graphed(column: Run, buffers: int) -> Callable[[], Any]:
     """All buffers as one CUDA graph; as they are where a column cannot be captured."""
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for index in range(buffers):
-                column(index)
+            _all(column, buffers)
     except RuntimeError:
         torch.cuda.synchronize()
-        return lambda: [column(index) for index in range(buffers)]
+        return partial(_all, column, buffers)
     return graph.replay
 
 
@@ -99,7 +104,9 @@ def wrong(got: Tensor, wanted: Tensor, plain: Tensor) -> str | None:
     return None if bool(error <= allowed) else f"error {float(error):.1e}, allowed {float(allowed):.1e}"
 
 
-def _tensors(buffers: int, batch: int, heads: tuple[int, int], rows: int, length: int, dim: int, options: dict) -> list:
+def _tensors(
+    buffers: int, batch: int, heads: tuple[int, int], rows: int, length: int, dim: int, options: dict[str, Any]
+) -> list[QKV]:
     return [
         (
             torch.randn(batch, heads[0], rows, dim, **options),
@@ -147,7 +154,7 @@ def decode_case(
     columns: dict[str, Run] = {"sdpa": sdpa, "eager": eager, **{name: ours(edit) for name, edit in edits.items()}}
     if device == "cuda":
         columns["flex"] = _flex(inputs, scale, heads, None)
-    failures = {}
+    failures: dict[str, str] = {}
     for name in list(columns):
         query, key, value = inputs[0]
         edit = [edits[name]] if name in edits else []
@@ -172,7 +179,7 @@ def _failed(
     return {name: reason}
 
 
-def _flex(inputs: list, scale: float, heads: tuple[int, int], block_mask: Any) -> Run:
+def _flex(inputs: list[QKV], scale: float, heads: tuple[int, int], block_mask: Any) -> Run:
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -220,7 +227,7 @@ def prefill_case(
         columns["flex mutual"] = _flex(
             inputs, scale, heads, create_block_mask(mutual, batch, None, length, length, device)
         )
-    failures = {}
+    failures: dict[str, str] = {}
     rows = min(64, length)  # enough rows to see a mistake, few enough for float64
     used = {
         "causal": masks.causal,
@@ -233,9 +240,9 @@ def prefill_case(
         for first in (0, 16 + visual // 2, length - rows):
             start = min(first, length - rows)
             part = query[:, :, start : start + rows]
-            where = {"first": start, "scale": scale, "backend": "reference"}
-            exact = masked_attention(part.double(), key.double(), value.double(), mask, group, **where)
-            plain = masked_attention(part, key, value, mask, group, **where)
+            where: dict[str, Any] = {"first": start, "scale": scale, "backend": "reference"}
+            exact: Any = masked_attention(part.double(), key.double(), value.double(), mask, group, **where)
+            plain: Any = masked_attention(part, key, value, mask, group, **where)
             if name in columns:
                 failures |= _failed(columns, name, exact, plain, slice(start, start + rows))
     if device == "cuda" or length <= 4096:  # without Triton all rows' attention is held at once
@@ -344,9 +351,8 @@ def measure(
     }
     with torch.no_grad():
         result["ceilings"] = ceilings(device, dtype)
-        for name, run, shapes in zip(
-            ("decode", "prefill"), (decode_case, prefill_case), cases(device, small), strict=True
-        ):
+        runs: tuple[Callable[..., dict[str, Any]], ...] = (decode_case, prefill_case)
+        for name, run, shapes in zip(("decode", "prefill"), runs, cases(device, small), strict=True):
             result[name] = []
             for shape in shapes:
                 row = run(*shape, device=device, dtype=dtype, repeats=repeats)
