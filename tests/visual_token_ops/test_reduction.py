@@ -173,6 +173,27 @@ class TestExact:
         empty = (out.logits[0] == 0).all(1).nonzero().flatten().tolist()
         assert empty == [4 + i for i in range(9) if i not in index.tolist()]
 
+    def test_reading_ahead_is_what_the_layer_then_pays(
+        self, family: tiny.Built, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, inputs = family
+        x = inputs(PROMPTS, seed=SEED)
+        found: dict[str, list[Tensor]] = {"fastv": [], "pyramid_drop": []}
+        for cls in (FastV, PyramidDrop):
+            score = cls.score
+
+            def kept(self: Any, picture: Any, score: Any = score) -> Tensor:
+                found[self.name].append(score(self, picture))
+                return found[self.name][-1]
+
+            monkeypatch.setattr(cls, "score", kept)
+        for method in (FastV(layer=3), PyramidDrop(layers=(2,))):
+            with vlm_attn.patched(model, method):
+                logits(model, x)
+        for behind, ahead in zip(*found.values(), strict=True):
+            close(ahead, behind)
+        assert len(found["fastv"]) == sum(IMAGES)
+
     @pytest.mark.parametrize("beside", [[], [Gift(**ACTIVE["gift"])]])
     def test_hidden_states_keep_their_length(self, beside: list[Any]) -> None:
         model, inputs = built("llava")
