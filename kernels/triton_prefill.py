@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_attn.kernels import tuning
 from vlm_attn.kernels.groups import Group
 from vlm_attn.kernels.masks import EVERY_PAIR, GROUPS
-from vlm_attn.kernels.triton_segmented import LN2, LOG2E, finite, next_power, soft_cap
+from vlm_attn.kernels.triton_segmented import LN2, LOG2E, finite, next_power, on_its_device, soft_cap
 
 _GROUPS = tl.constexpr(GROUPS)
 _EVERY_PAIR = tl.constexpr(EVERY_PAIR)
@@ -181,6 +181,7 @@ def tiles(clauses: Sequence[int], tokens: Sequence[Tensor], first: int, block: d
     return order, (state == 2).sum(-1, dtype=torch.int32), (state == 1).sum(-1, dtype=torch.int32)
 
 
+@on_its_device
 def masked_attention(
     query: Tensor,
     key: Tensor,

@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from vlm_attn.kernels import tuning
-from vlm_attn.kernels.triton_segmented import ADDED_MASK, BOOL_MASK, LN2, LOG2E, NO_MASK, finite, next_power, soft_cap
+from vlm_attn.kernels.triton_segmented import (
+    ADDED_MASK,
+    BOOL_MASK,
+    LN2,
+    LOG2E,
+    NO_MASK,
+    finite,
+    next_power,
+    on_its_device,
+    soft_cap,
+)
 
 
 @triton.jit
@@ -139,6 +149,7 @@ def columns_kernel(
     tl.store(column_sum + pair.to(tl.int64) * length + s, column, mask=valid)
 
 
+@on_its_device
 def probe(
     query: Tensor,
     key: Tensor,
@@ -168,7 +179,7 @@ def probe(
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
-        hidden = 0.0 if kind == BOOL_MASK else torch.finfo(mask.dtype).min / 2
+        hidden = 0.0 if kind == BOOL_MASK else max(torch.finfo(mask.dtype).min / 2, -3e38)
         seen = (mask.view(torch.uint8) if kind == BOOL_MASK else mask)[..., :length].expand(batch, heads, rows, length)
         mask_strides = seen.stride()
     last_column = query if last is None else last.expand(batch, rows).to(torch.int32).contiguous()

@@ -12,6 +12,10 @@ Only this module and its siblings ``triton_*.py`` import triton; they are loaded
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +34,22 @@ def jit_growing(kernel):  # type: ignore[no-untyped-def]
     """``triton.jit`` without a version of its own for values of the arguments in ``GROWING``."""
     names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
     return triton.jit(kernel, do_not_specialize=[name for name in GROWING if name in names])
+
+
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+
+def on_its_device(run: Run) -> Run:
+    """Launch on the device of the first argument; Triton takes the current one, which a model on several does not follow."""
+
+    @wraps(run)
+    def inner(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return run(first, *args, **kwargs)
+        return run(first, *args, **kwargs)
+
+    return cast(Run, inner)
 
 
 @triton.jit
@@ -252,6 +272,7 @@ def next_power(n: int, least: int = 1) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
+@on_its_device
 def partials(
     query: Tensor,
     key: Tensor,
@@ -290,7 +311,7 @@ def partials(
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
-        hidden = 0.0 if kind == BOOL_MASK else torch.finfo(mask.dtype).min / 2
+        hidden = 0.0 if kind == BOOL_MASK else max(torch.finfo(mask.dtype).min / 2, -3e38)
         seen = mask.view(torch.uint8) if kind == BOOL_MASK else mask
         seen = seen[..., :length].expand(batch, heads, rows, length)
         mask_strides = seen.stride()
@@ -305,6 +326,7 @@ def partials(
     return lse, out
 
 
+@on_its_device
 def masses(lse: Tensor) -> Tensor:
     """Masses ``[B * H * Q, N]`` float32 from ``lse [B * H * Q, N + 1, T]``."""
     count, parts = lse.shape[1] - 1, lse.shape[2]
@@ -313,6 +335,7 @@ def masses(lse: Tensor) -> Tensor:
     return mass
 
 
+@on_its_device
 def combine(
     lse: Tensor, out: Tensor, weight: Tensor, head_scale: Tensor | None, batch: int, heads: int, dtype: torch.dtype
 ) -> Tensor:
@@ -346,6 +369,7 @@ def _launch_combine(
     )  # fmt: skip
 
 
+@on_its_device
 def gathered(lse: Tensor, out: Tensor, batch: int, heads: int) -> tuple[Tensor, Tensor]:
     """Chunks added up: ``lse [B, H, Q, N]`` and ``out [B, H, Q, N, D]``, float32, as the reference gives them."""
     total, count, parts, dim = out.shape
@@ -357,6 +381,7 @@ def gathered(lse: Tensor, out: Tensor, batch: int, heads: int) -> tuple[Tensor, 
     return result_lse.view(batch, heads, rows, count), result.view(batch, heads, rows, count, dim)
 
 
+@on_its_device
 def combined(lse: Tensor, out: Tensor, log_weight: Tensor, head_scale: Tensor | None) -> Tensor:
     """``combine`` of the reference on ``lse [B, H, Q, N]``, ``out [B, H, Q, N, D]``, in float32."""
     batch, heads, rows, count, dim = out.shape
