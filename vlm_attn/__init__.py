@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlm_attn.kernels import Group
     from vlm_attn.method import Method
     from vlm_attn.patching import is_patched, kept, patch, patched, spans, unpatch
+    from vlm_attn.reduction import KeptImage, Reducer
     from vlm_attn.registry import MethodInfo, methods
 
 __version__ = "0.1.0"
@@ -23,8 +24,10 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Explanation": "vlm_attn.analysis",
     "Group": "vlm_attn.kernels",
+    "KeptImage": "vlm_attn.reduction",
     "Method": "vlm_attn.method",
     "MethodInfo": "vlm_attn.registry",
+    "Reducer": "vlm_attn.reduction",
     "explain": "vlm_attn.analysis",
     "gaze": "vlm_attn.analysis",
     "is_patched": "vlm_attn.patching",
@@ -41,8 +44,10 @@ _EXPORTS = {
 __all__ = [
     "Explanation",
     "Group",
+    "KeptImage",
     "Method",
     "MethodInfo",
+    "Reducer",
     "explain",
     "gaze",
     "is_patched",
