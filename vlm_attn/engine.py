@@ -174,7 +174,7 @@ class Engine:
         images = split_images(self.model_config, image_runs, inputs)
         layout = build_layout(visual, mask, query, role, images)
         call = Call(prompt=layout, methods=self.active, input_ids=ids if isinstance(ids, Tensor) else None, batch=batch)
-        cache = inputs.get("past_key_values")
+        cache = host.cache_of(inputs)
         call.first = host.cached_length(cache) if cache is not None and hasattr(cache, "get_seq_length") else 0
         call.earlier = getattr(cache, CACHE_NOTE, None)
         if host.is_short(cache) and not self.reduces:
@@ -258,7 +258,7 @@ class Engine:
         if not self.active or self._inside():
             return
         inputs = {**_named(module, args), **kwargs}
-        cache = inputs.get("past_key_values")
+        cache = host.cache_of(inputs)
         known: Call | None = getattr(cache, CACHE_NOTE, None)
         self._acquire()
         self._bare = True
@@ -290,7 +290,7 @@ class Engine:
                 )
             return None
         kwargs = {**_named(module, args), **kwargs}
-        cache = kwargs.get("past_key_values")
+        cache = host.cache_of(kwargs)
         embeds = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         if not self._continues(call, cache):
             call.mode = "other"
@@ -362,7 +362,7 @@ class Engine:
         private = cache is None
         if private:
             cache = host.new_cache(self.text_config)
-        kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
+        kwargs = {**host.with_cache(kwargs, cache), "use_cache": True}
         total = call.length
         cut = prompt - 1 - past  # rows before the last prompt token
         # What is kept may hang on the last row, and rows that see later ones must have seen it: it then runs with the body, and
@@ -403,7 +403,7 @@ class Engine:
         call, pending, self._pending = self.call, self._pending, None
         if call is None or pending is None:
             return None
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, host.CACHE, None)
         call.cached_prompt = cache is not None and not pending.get("drop_cache")
         if pending["done"]:
             if call.reduction is not None:
@@ -428,7 +428,7 @@ class Engine:
                     for a, b in zip(body.hidden_states, output.hidden_states, strict=True)
                 )
         if pending.get("drop_cache"):
-            output.past_key_values = None
+            output = host.without_cache(output)
         return output
 
     def before_layer(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

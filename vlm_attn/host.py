@@ -6,6 +6,7 @@ Every function here has a contract test, so that a new release of the host shows
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Versions the tests run against; a newer one warns once, it is not refused.
-TESTED = ("5.17", "5.23")
+TESTED = ("5.17", "5.24")
 
 # One name per mask format: the mask a model builds must be in the format of the implementation it had.
 NAMES = {"sdpa": "vlm_attn", "eager": "vlm_attn_eager"}
@@ -135,6 +137,29 @@ def is_causal(text_config: Any) -> bool:
 
 
 # Caches
+
+# What the host calls its cache, in arguments and outputs: "cache" since 5.24. Both names are understood in arguments.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(
+    name for name in CACHE_NAMES if name in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+)
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model, a layer or ``generate``, or in an output; None if there is none."""
+    name = next((name for name in CACHE_NAMES if name in arguments), CACHE)
+    return arguments.get(name)
+
+
+def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """The arguments with another cache, under the name they have for it (the host's own, if none)."""
+    name = next((name for name in CACHE_NAMES if name in arguments), CACHE)
+    return {**arguments, name: cache}
+
+
+def without_cache(output: Any) -> Any:
+    """An output that says nothing of a cache. A new one: setting a field to None leaves it among the output's items."""
+    return type(output)(**{name: value for name, value in output.items() if name != CACHE})
 
 
 def cached_length(cache: Any) -> int:

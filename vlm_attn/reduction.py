@@ -357,13 +357,13 @@ def before_layer(
     hidden = args[0] if args else kwargs["hidden_states"]
     if call.mode == "prompt":
         if layer == 0:
-            call.reduction = _begin(engine, call, kwargs.get("past_key_values"), len(hidden))
+            call.reduction = _begin(engine, call, host.cache_of(kwargs), len(hidden))
         state = call.reduction
         assert state is not None
         hidden = _reduce(engine, call, state, module, layer, hidden, kwargs)
         state.layers[layer] = _layer_keys(call, state, layer)
-        if state.drop and kwargs.get("past_key_values") is not None:
-            host.set_dropped(kwargs["past_key_values"], layer, state.layers[layer].dropped)
+        if state.drop and host.cache_of(kwargs) is not None:
+            host.set_dropped(host.cache_of(kwargs), layer, state.layers[layer].dropped)
         kwargs = _gathered(state, kwargs)
     state = call.reduction
     if state is None or layer not in state.layers:
@@ -371,7 +371,7 @@ def before_layer(
     if layer == 0:
         state.masks.clear()
     mask = kwargs.get("attention_mask")
-    new = _layer_mask(engine, call, state, module, layer, mask, hidden, kwargs.get("past_key_values"))
+    new = _layer_mask(engine, call, state, module, layer, mask, hidden, host.cache_of(kwargs))
     if new is mask and call.mode != "prompt":
         return None
     kwargs = {**kwargs, "attention_mask": new}
@@ -583,7 +583,7 @@ def _look_ahead(
     arguments = _gathered(state, dict(kwargs))
     mask = arguments.get("attention_mask")
     arguments["attention_mask"] = _layer_mask(engine, call, state, module, layer, mask, hidden, None)
-    arguments["past_key_values"] = None
+    arguments = host.with_cache(arguments, None)
     call.ahead = method
     try:
         module.self_attn(hidden_states=module.input_layernorm(hidden), **arguments)

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import vlm_attn
-from vlm_attn import reduction, registry, visual_token_ops
+from vlm_attn import host, reduction, registry, visual_token_ops
 from vlm_attn.evals.bench.flops import prefill_flops
 from vlm_attn.evals.bench.overhead import _Clock, _summary, build_model
 
@@ -119,7 +119,7 @@ def time_once(
         if method is not None:
             vlm_attn.unpatch(model)
     steps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
-    held = [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
+    held = [part for layer in host.cache_of(out).layers for part in (layer.keys, layer.values)]
     return {
         "first": clock.times[1] - start,
         "prefill": steps[0],

@@ -41,6 +41,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from vlm_attn import host
 from vlm_attn.kernels import Group, masks
 
 from . import model_path, text, world
@@ -494,8 +495,8 @@ def greedy(
             input_ids=token[:, None],
             attention_mask=seen,
             position_ids=positions,
-            past_key_values=out.past_key_values,
             use_cache=True,
+            **host.with_cache({}, host.cache_of(out)),
         )
     said = torch.stack(tokens, 1).tolist()
     return [row[: row.index(end)] if end in row else row for row in said]

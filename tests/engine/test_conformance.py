@@ -32,6 +32,7 @@ from tests.helpers import (
     same,
     stock,
 )
+from vlm_attn import host
 from vlm_attn.attention import edited_attention, vlm_attention
 from vlm_attn.engine import CACHE_NOTE
 from vlm_attn.patching import engine_of
@@ -291,7 +292,7 @@ class TestConformance:
                 for _ in range(6):
                     scores.append(out.logits[:, -1])
                     tokens.append(scores[-1].argmax(-1))
-                    out = family.model(input_ids=tokens[-1][:, None], past_key_values=out.past_key_values)
+                    out = family.model(input_ids=tokens[-1][:, None], **{host.CACHE: host.cache_of(out)})
             return torch.stack(tokens, 1), torch.stack(scores)
 
         plain = loop()
@@ -341,8 +342,8 @@ class TestConformance:
         for step in range(5):
             with torch.no_grad():
                 ids = guided.sequences[:, width - 1 + step : width + step]
-                out = family.model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, without = out.past_key_values, out.logits[:, -1].log_softmax(-1)
+                out = family.model(input_ids=ids, **{host.CACHE: cache}, use_cache=True)
+            cache, without = host.cache_of(out), out.logits[:, -1].log_softmax(-1)
             seen = guided.logits[step].log_softmax(-1)
             close(guided.scores[step], 1.5 * (seen - without) + without)
 
@@ -430,17 +431,17 @@ class TestSecondTurn:
                 more = ids.shape[1] - first[name].shape[1]
                 whole[name] = torch.nn.functional.pad(first[name], (0, more))
         rest = {k: v for k, v in whole.items() if k not in ("pixel_values", "image_sizes")}
-        return whole, rest, out.past_key_values, (ids.shape[1] - 7, ids.shape[1] - 1)
+        return whole, rest, host.cache_of(out), (ids.shape[1] - 7, ids.shape[1] - 1)
 
     def test_gift_after_a_plain_turn(self, family: Family) -> None:
         whole, rest, cache, question = self.turns(family, family.one())
         spare = copy.deepcopy(cache)
-        reused = stock(lambda: generate(family.model, {**rest, "past_key_values": spare}))
+        reused = stock(lambda: generate(family.model, {**rest, host.CACHE: spare}))
         if not equal(reused, generate(family.model, whole)):
             pytest.skip("stock transformers: a reused cache gives other logits for this family")
         with on(family.model, "gift", query_span=question), margins() as margin:
             scratch = generate(family.model, whole)
-            same(generate(family.model, {**rest, "past_key_values": cache}), scratch)
+            same(generate(family.model, {**rest, host.CACHE: cache}), scratch)
         margin.check()
         differ(scratch[1][0], reused[1][0])
 
@@ -454,7 +455,7 @@ class TestSecondTurn:
         ):
             _, rest, cache, _ = self.turns(family, family.one())
             first = getattr(cache, CACHE_NOTE)
-            stock(lambda: generate(family.model, {**rest, "past_key_values": cache}))
+            stock(lambda: generate(family.model, {**rest, host.CACHE: cache}))
         second = getattr(cache, CACHE_NOTE)
         assert second is not first
         for call in (first, second):
@@ -477,16 +478,16 @@ class TestSecondTurn:
             with on(family.model, "var", tau=2.3, visual_floor=0.0), margins() as margin:
                 whole, rest, cache, _ = self.turns(family, first)
                 spare = copy.deepcopy(cache)
-                reused = stock(partial(generate, family.model, {**rest, "past_key_values": cache}))
+                reused = stock(partial(generate, family.model, {**rest, host.CACHE: cache}))
                 scratch = generate(family.model, whole, logits_processor=LogitsProcessorList([Look()]))
             if flags[0].any() and not flags[0][..., start : start + 5].any() and min(margin.values) > MARGIN:
                 break
         else:
             pytest.fail("no prompt fits")
-        plain = generate(family.model, {**rest, "past_key_values": copy.deepcopy(spare)})
+        plain = generate(family.model, {**rest, host.CACHE: copy.deepcopy(spare)})
         differ(reused[1][0], plain[1][0])
         with torch.no_grad():
-            rest["past_key_values"] = family.model(**first, use_cache=True).past_key_values
+            rest[host.CACHE] = host.cache_of(family.model(**first, use_cache=True))
         if not equal(generate(family.model, rest), generate(family.model, whole)):
             pytest.skip("stock transformers: a reused cache gives other logits for this family")
         same(reused, scratch)

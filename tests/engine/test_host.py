@@ -6,6 +6,7 @@ When a new release breaks one of these, it says which.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -196,6 +197,24 @@ class TestCaches:
 
 
 class TestArguments:
+    def test_cache_name(self) -> None:
+        """One name in outputs and arguments; the older one is understood where somebody still passes it."""
+        text = tiny.llava()[0].model.language_model
+        assert host.CACHE in inspect.signature(text.forward).parameters
+        out = text(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=True)
+        cache = getattr(out, host.CACHE)
+        assert host.cached_length(cache) == 3
+        assert host.cache_of(out) is cache
+        without = host.without_cache(out)
+        assert getattr(without, host.CACHE) is None
+        assert "last_hidden_state" in without
+        assert host.CACHE not in without
+        for name in host.CACHE_NAMES:
+            assert host.cache_of({name: cache, "use_cache": True}) is cache
+            assert host.with_cache({name: cache, "use_cache": True}, None) == {name: None, "use_cache": True}
+        assert host.cache_of({}) is None
+        assert host.with_cache({}, cache) == {host.CACHE: cache}
+
     def test_slice_arguments(self) -> None:
         row = torch.arange(6)
         given = {

@@ -18,6 +18,7 @@ from transformers import LlavaForConditionalGeneration, LogitsProcessor, LogitsP
 import vlm_attn
 from tests import tiny
 from tests.helpers import ACTIVE, NEUTRAL, Inputs, close, differ, generate, logits, on, same, stock
+from vlm_attn import host
 from vlm_attn.attention import TAG
 from vlm_attn.hallucination import Gift, Var
 from vlm_attn.patching import engine_of
@@ -294,9 +295,7 @@ class TestIndependence:
             for i, model in enumerate(models):
                 scores[i].append(outs[i].logits[:, -1].detach())
                 with torch.no_grad():
-                    outs[i] = model(
-                        input_ids=scores[i][-1].argmax(-1)[:, None], past_key_values=outs[i].past_key_values
-                    )
+                    outs[i] = model(input_ids=scores[i][-1].argmax(-1)[:, None], **{host.CACHE: host.cache_of(outs[i])})
         for i in range(2):
             close(torch.stack(scores[i]), wanted[i][1])
 
@@ -311,7 +310,7 @@ class TestIndependence:
                 for i in range(2):
                     scores[i].append(outs[i].logits[:, -1])
                     ids = scores[i][-1].argmax(-1)[:, None]
-                    outs[i] = model(input_ids=ids, past_key_values=outs[i].past_key_values)
+                    outs[i] = model(input_ids=ids, **{host.CACHE: host.cache_of(outs[i])})
             for i in range(2):
                 close(torch.stack(scores[i]), wanted[i][1])
 
@@ -319,18 +318,18 @@ class TestIndependence:
         model, inputs = llava
         with on(model, "gift"), torch.no_grad():
             out = model(**inputs([PROMPT]))
-            spare = copy.deepcopy(out.past_key_values)
+            spare = copy.deepcopy(host.cache_of(out))
             step = {"input_ids": torch.tensor([[40]])}
-            first = model(**step, past_key_values=out.past_key_values).logits
-            assert torch.equal(model(**step, past_key_values=spare).logits, first)
+            first = model(**step, **{host.CACHE: host.cache_of(out)}).logits
+            assert torch.equal(model(**step, **{host.CACHE: spare}).logits, first)
 
     def test_a_cache_of_other_methods_is_not_gone_on_with(self, llava: tiny.Built) -> None:
         model, inputs = llava
         x, step = inputs([PROMPT]), {"input_ids": torch.tensor([[40]])}
         with on(model, "var"), torch.no_grad():
-            cache = model(**x).past_key_values
+            cache = host.cache_of(model(**x))
         with on(model, "gift"), torch.no_grad(), pytest.raises(ValueError, match="no image token"):
-            model(**step, past_key_values=cache)
+            model(**step, **{host.CACHE: cache})
 
 
 class Raise(LogitsProcessor):

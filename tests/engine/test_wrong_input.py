@@ -25,6 +25,7 @@ from tests import tiny
 from tests.engine.test_patching import state
 from tests.helpers import ACTIVE, Inputs, differ, generate, logits, on
 from tests.processors import processor
+from vlm_attn import host
 from vlm_attn.hallucination import Gift, Var
 from vlm_attn.patching import engine_of
 
@@ -397,11 +398,11 @@ class TestPrompts:
 
         def second(cache: Any) -> Inputs:
             ids = torch.cat([x["input_ids"], more], 1)
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), host.CACHE: cache}
 
         def cache() -> Any:
             with torch.no_grad():
-                return model(**x).past_key_values
+                return host.cache_of(model(**x))
 
         plain = cache()
         with on(model, "gift"):
@@ -417,9 +418,9 @@ class TestPrompts:
     def test_gift_question_in_the_cache(self, llava, x) -> None:
         model, _ = llava
         with torch.no_grad():
-            cache = model(**x).past_key_values
+            cache = host.cache_of(model(**x))
         ids = torch.cat([x["input_ids"], torch.tensor([[40, 41, 42, 43]])], 1)
-        second = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+        second = {"input_ids": ids, "attention_mask": torch.ones_like(ids), host.CACHE: cache}
         with self.refused(llava, "gift", "row 0", "column 13", "22 columns"):
             generate(model, second)
 

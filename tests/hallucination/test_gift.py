@@ -19,7 +19,7 @@ from tests.engine.test_chat import tagger
 from tests.helpers import ACTIVE, Inputs, close, differ, generate, logits, margins, on, same
 from tests.oracle import attentions, oracle
 from tests.processors import encode, processor, user
-from vlm_attn import chat
+from vlm_attn import chat, host
 from vlm_attn.hallucination import Gift
 from vlm_attn.hallucination.gift import gaze_shift, saliency_map, top_heads
 from vlm_attn.kernels import Edit, edited_attention, one_hot_segments
@@ -309,15 +309,15 @@ class TestTwoPrefills:
         whole = second(by_hand)
         length = whole["input_ids"].shape[1]
         again = list(range(length - 7, length - 2))
-        cached = by_hand.past_key_values.get_seq_length()
-        spare = copy.deepcopy(by_hand.past_key_values)
+        cached = host.cache_of(by_hand).get_seq_length()
+        spare = copy.deepcopy(host.cache_of(by_hand))
         with torch.no_grad():
-            oracle(model, look)(input_ids=whole["input_ids"][:, cached:], past_key_values=spare)
+            oracle(model, look)(input_ids=whole["input_ids"][:, cached:], **{host.CACHE: spare})
         full = np.zeros((4, length, length))
         full[:, cached:] = seen[1]
         saliency = map_by_hand([full], visual, again, again)
         hand = gift_hand(visual, again, saliency, GIFT)
-        wanted = turn(oracle(model, hand), {**whole, "past_key_values": by_hand.past_key_values})
+        wanted = turn(oracle(model, hand), {**whole, host.CACHE: host.cache_of(by_hand)})
 
         def span(ids: Tensor, mask: Tensor) -> list[tuple[int, int]]:
             used = query if ids.shape[1] < length else again
@@ -326,7 +326,7 @@ class TestTwoPrefills:
         with vlm_attn.patched(model, "gift", query_span=span, **GIFT), margins() as margin:
             mine = turn(model, first)
             assert torch.equal(mine.sequences, by_hand.sequences)
-            got = turn(model, {**second(mine), "past_key_values": mine.past_key_values})
+            got = turn(model, {**second(mine), host.CACHE: host.cache_of(mine)})
         margin.check()
         assert torch.equal(got.sequences, wanted.sequences)
         close(torch.stack(got.logits), torch.stack(wanted.logits), 1e-4)

@@ -14,6 +14,7 @@ from torch import Tensor
 import vlm_attn
 from tests import tiny
 from tests.helpers import alone, close, differ, generate, logits, same
+from vlm_attn import host
 from vlm_attn.hallucination import Gift, Var, masks
 from vlm_attn.patching import engine_of
 from vlm_attn.visual_token_ops import FastV
@@ -159,10 +160,10 @@ def test_second_turn_keeps_the_first_mask() -> None:
     longer["attention_mask"] = torch.ones_like(longer["input_ids"])
     with vlm_attn.patched(model, "mma"), torch.no_grad():
         first = model(**x, use_cache=True)
-        assert first.past_key_values.get_seq_length() == x["input_ids"].shape[1]
+        assert host.cache_of(first).get_seq_length() == x["input_ids"].shape[1]
         turn = model(
             input_ids=longer["input_ids"][:, -3:], attention_mask=longer["attention_mask"],
-            past_key_values=first.past_key_values,
+            **{host.CACHE: host.cache_of(first)},
         ).logits  # fmt: skip
     with torch.no_grad():
         hidden = by_hand("mma", x)

@@ -16,6 +16,7 @@ import vlm_attn
 from tests import tiny
 from tests.engine.test_patching import state
 from tests.helpers import ACTIVE, Inputs, alone, close, differ, generate, logits, same, stock
+from vlm_attn import host
 from vlm_attn.hallucination import Gift, Var
 from vlm_attn.patching import engine_of
 from vlm_attn.reduction import Reducer
@@ -213,7 +214,7 @@ class TestExact:
         model, inputs = built("llava")
         x = inputs([[3, "image", 9]], seed=SEED)
         with vlm_attn.patched(model, FastV(layer=2, keep=3)), torch.no_grad():
-            cache = model(**x).past_key_values
+            cache = host.cache_of(model(**x))
         assert [layer.keys.shape[2] for layer in cache.layers] == [22, 22, 16, 16]
         assert cache.get_seq_length() == 22
         assert [cache.get_mask_sizes(1, i) for i in range(4)] == [(23, 0)] * 4
@@ -288,7 +289,7 @@ class TestDecoding:
         for mode in ("drop", "mask"):
             with vlm_attn.patched(model, reducer(name, family, mode=mode)), torch.no_grad():
                 cache = DynamicCache(config=model.config.get_text_config())
-                first = model.generate(**x, past_key_values=cache, do_sample=False, max_new_tokens=3)
+                first = model.generate(**x, **{host.CACHE: cache}, do_sample=False, max_new_tokens=3)
                 ids = torch.cat([first, more], 1)
                 second = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
                 for key in ("token_type_ids", "mm_token_type_ids"):
@@ -299,7 +300,7 @@ class TestDecoding:
                 found.append(
                     stock(
                         lambda second=second, cache=cache: generate(
-                            model, {**second, **{k: v for k, v in x.items() if "grid" in k}}, past_key_values=cache
+                            model, {**second, **{k: v for k, v in x.items() if "grid" in k}}, **{host.CACHE: cache}
                         )
                     )
                 )
@@ -315,9 +316,9 @@ class TestDecoding:
             method = reducer(name, mode=mode)
             with vlm_attn.patched(model, method), torch.no_grad():
                 first = {"input_ids": x["input_ids"][:, :cut], "pixel_values": x["pixel_values"][:1]}
-                cache = model(**first).past_key_values
+                cache = host.cache_of(model(**first))
                 second = {"input_ids": x["input_ids"], "attention_mask": x["attention_mask"]}
-                both = {**second, "pixel_values": x["pixel_values"][1:], "past_key_values": cache}
+                both = {**second, "pixel_values": x["pixel_values"][1:], host.CACHE: cache}
                 if method.reads_ahead:
                     with pytest.raises(NotImplementedError, match="new image on a cache"):
                         generate(model, both)
@@ -567,9 +568,9 @@ class TestWrongInput:
         model, inputs = built("llava")
         x = inputs([PROMPTS[0]], seed=SEED)
         with vlm_attn.patched(model, Random()), torch.no_grad():
-            cache = model(**x).past_key_values
+            cache = host.cache_of(model(**x))
         with vlm_attn.patched(model, "gift", **ACTIVE["gift"]), pytest.raises(ValueError, match="fewer columns"):
-            model(**x, past_key_values=cache)
+            model(**x, **{host.CACHE: cache})
 
 
 def engine_is_idle(model: Any) -> bool:
