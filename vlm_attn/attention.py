@@ -100,6 +100,10 @@ def vlm_attention(
             if not edits:
                 return plain()
         out = attend(value)
+        if call.open is not None:  # of a canvas, what is written already is left alone
+            front = query.shape[2] - call.open.shape[1]
+            edited = nn.functional.pad(call.open, (front, 0), value=True)[:, None, :, None]
+            out = out.where(edited, plain()[0].transpose(1, 2))
         return out.transpose(1, 2).contiguous(), None
 
     out, weights = plain() if call.ahead is None else (query.transpose(1, 2), None)
@@ -172,6 +176,8 @@ def _text_rows(call: Call) -> list[tuple[Tensor, Tensor]]:
     """The text rows of this forward from the first image on, a bounded number at a time: ``(rows, valid)``, each ``[B, R]``."""
     first, stop = int(call.past), int(call.past) + call.length
     wanted = nn.functional.pad(call.layout.text_after_image, (0, max(0, stop - call.prompt.length)), value=True)
+    if call.open is not None and call.open.shape[1]:
+        wanted = torch.cat([wanted[:, : stop - call.open.shape[1]], call.open.expand(len(wanted), -1)], 1)
     wanted = wanted[:, first:stop].int()
     if call.reduction is not None and call.reduction.rows is not None:
         wanted = wanted.gather(1, call.reduction.rows)

@@ -39,6 +39,10 @@ class Call:
         edits: the edits of each layer from the end of the prompt on.
         reduction: which columns are kept, while a method keeps fewer.
         ahead: the method for which a layer's attention is being read ahead.
+        canvas: whether the answer is denoised (``vlm_attn.diffusion``), and not written token after token.
+        whole: while it is: whether earlier prompt rows see the last one.
+        open: while it is: ``[B, rows]`` which canvas rows of this forward are still masked; only these are edited.
+        progress: while it is: share of the steps that is done.
         seen: what was read of each layer of the vision tower, a part for each of its runs.
     """
 
@@ -56,6 +60,10 @@ class Call:
     edits: dict[int, list[Edit]] = field(default_factory=dict)
     reduction: Reduction | None = None
     ahead: Reducer | None = None
+    canvas: bool = False
+    whole: bool = False
+    open: Tensor | None = None
+    progress: float = 0.0
     seen: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _layouts: dict[int, TokenLayout] = field(default_factory=dict)
     _memory: dict[str, dict[Any, Any]] = field(default_factory=dict)

@@ -316,7 +316,7 @@ class Engine:
                 "leave out prefill_chunk_size, or patch without "
                 + "+".join(m.name for m in self.active if isinstance(m, reduction.Reducer))
             )
-        if self.mask is not None:
+        if self.mask is not None and not call.canvas:  # the denoising loop's mask has it
             kwargs["attention_mask"] = self._prompt_mask(call, cache, embeds)
         if end < prompt or not self.splits:
             self._pending = {"done": end >= prompt}
@@ -367,7 +367,8 @@ class Engine:
         cut = prompt - 1 - past  # rows before the last prompt token
         # What is kept may hang on the last row, and rows that see later ones must have seen it: it then runs with the body, and
         # once more, edited.
-        body = cut + 1 if self.reduces or self.mask or family_of(self.model_config).prefix_lm else cut
+        whole = self.reduces or self.mask or call.whole or family_of(self.model_config).prefix_lm
+        body = cut + 1 if whole else cut
         mask = kwargs.get("attention_mask")
         kinds = (
             {kind: host.layer_of_type(self.text_config, kind) for kind in mask} if isinstance(mask, dict) else {None: 0}

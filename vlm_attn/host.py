@@ -230,7 +230,9 @@ def shorten(cache: Any, layers: int) -> bool:
     held: Any = cache.layers
     while len(held) < layers and cache.layer_class_to_replicate is not None:
         held.append(cache.layer_class_to_replicate())
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, ShortLayer) for layer in held):
+    if not all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or isinstance(layer, ShortLayer) for layer in held
+    ):
         return False
     for layer in held:
         sliding = layer.is_initialized and type(layer) is DynamicSlidingWindowLayer
@@ -239,7 +241,7 @@ def shorten(cache: Any, layers: int) -> bool:
                 "the cache passed in has sliding-window layers that have let old columns go, so no visual token can be "
                 "taken away any more: pass no cache"
             )
-    cache.layers = [layer if type(layer) is ShortLayer else ShortLayer(layer) for layer in held]
+    cache.layers = [layer if isinstance(layer, ShortLayer) else ShortLayer(layer) for layer in held]
     return True
 
 
@@ -372,3 +374,82 @@ def hide(mask: Tensor, shown: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & shown
     return mask.masked_fill(~shown, torch.finfo(mask.dtype).min)
+
+
+# Caches whose columns can be written again
+
+
+class SlotLayer(ShortLayer):
+    """One layer of a cache whose columns are overwritten in place, as denoising steps need it.
+
+    Attributes:
+        start: column that the next keys are written to; None = behind what is there.
+        at: ``[B, Q]`` columns that the next keys are written to, where they are no run.
+        held: columns that are there.
+    """
+
+    def __init__(self) -> None:
+        DynamicLayer.__init__(self)
+        self.dropped = 0
+        self.start: int | None = None
+        self.at: Tensor | None = None
+        self.held = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values ``[B, G, Q, D]`` to their columns and return all columns."""
+        if self.at is not None:
+            index = self.at[:, None, :, None].expand_as(key_states)
+            self.keys.scatter_(2, index, key_states)
+            self.values.scatter_(2, index, value_states)
+            return self.keys[..., : self.held, :], self.values[..., : self.held, :]
+        at = self.held if self.start is None else self.start - self.dropped
+        stop = at + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        if stop > self.keys.shape[-2]:
+            self.keys, self.values = (
+                torch.cat([old[..., :at, :], new], -2)
+                for old, new in ((self.keys, key_states), (self.values, value_states))
+            )
+        else:
+            self.keys[..., at:stop, :], self.values[..., at:stop, :] = key_states, value_states
+        self.held = max(self.held, stop)
+        return self.keys[..., : self.held, :], self.values[..., : self.held, :]
+
+    def get_seq_length(self) -> int:
+        """Columns before what runs next, dropped ones counted."""
+        return self.start if self.start is not None else self.held + self.dropped if self.held else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All columns, those counted that are about to be written."""
+        return max(self.held + self.dropped, self.get_seq_length() + query_length), 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest columns."""
+        self.held -= abs(tokens_to_remove)
+        self.keys, self.values = self.keys[..., : self.held, :], self.values[..., : self.held, :]
+
+    def keep(self, index: Tensor) -> None:
+        """Let columns go: ``index [B, n]`` are those that stay, ascending, counted among those that are there."""
+        wide = index[:, None, :, None]
+        self.dropped += self.held - index.shape[1]
+        self.keys, self.values = (
+            x[..., : self.held, :].gather(2, wide.expand(-1, x.shape[1], -1, x.shape[3]))
+            for x in (self.keys, self.values)
+        )
+        self.held = index.shape[1]
+
+
+def slot_cache(text_config: Any) -> DynamicCache:
+    """An empty cache of :class:`SlotLayer`."""
+    cache = DynamicCache()
+    held: Any = [SlotLayer() for _ in range(text_config.num_hidden_layers)]
+    cache.layers = held
+    return cache
+
+
+def write_to(cache: Any, start: int | None) -> None:
+    """Say which column the next keys of a :func:`slot_cache` are written to; None = behind what is there."""
+    for layer in cache.layers:
+        layer.start = start

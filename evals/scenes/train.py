@@ -779,6 +779,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--mask", choices=tuple(MASKS), default=default.mask, help="who may attend to whom")
     parser.add_argument("--objective", choices=OBJECTIVES, default=default.objective)
     parser.add_argument("--one-turn", action="store_true", help="every turn a row of its own")
+    parser.add_argument("--questions", type=int, default=default.questions, help="yes/no questions beside a caption")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own)")
     parser.add_argument("--check-every", type=int, default=500, help="language steps between looks; 0 for none")
@@ -809,6 +810,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         mask=a.mask,
         objective=a.objective,
         one_turn=a.one_turn,
+        questions=a.questions,
     )
     stages = STAGES if "all" in a.stage else tuple(a.stage)
     start = None if a.start is None else model_path() if a.start == "scenes" else Path(a.start)
