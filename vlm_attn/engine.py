@@ -238,6 +238,10 @@ class Engine:
         stock = self.shadowed.get("generate") or partial(type(model).generate, model)
         if not self.active:
             return stock(*args, **kwargs)
+        if getattr(self.model_config, "mask_token_id", None) is not None:
+            raise ValueError(
+                "this model fills in masked answers, it does not write token after token: use vlm_attn.diffusion.generate"
+            )
         inputs = dict(kwargs)
         if args and "input_ids" not in inputs:
             inputs["input_ids"] = args[0]

@@ -388,6 +388,9 @@ class SlotLayer(ShortLayer):
         held: columns that are there.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self) -> None:
         DynamicLayer.__init__(self)
         self.dropped = 0

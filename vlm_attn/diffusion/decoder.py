@@ -183,6 +183,7 @@ def _run(model: Any, inputs: Mapping[str, Any], settings: Settings) -> Iterator[
     device, batch, length = ids.device, len(ids), settings.gen_length
     size = settings.block_length or length
     blocks, mask_id = length // size, settings.mask_id
+    assert mask_id is not None
     per_block = size if settings.threshold is not None else settings.steps // blocks
     generator = torch.Generator(device).manual_seed(settings.seed)
     tokens = torch.full((batch, length), mask_id, device=device)
@@ -236,7 +237,7 @@ def _stop(tokens: Tensor, settings: Settings) -> None:
         found = [p + len(stop) for stop in settings.stop if (p := _find(ids, stop)) is not None]
         if found:
             rest = tokens[row, min(found) :]
-            rest[rest == settings.mask_id] = settings.eos_id
+            rest.masked_fill_(rest.eq(settings.mask_id or 0), settings.eos_id or 0)
 
 
 def _find(row: Sequence[int], part: Sequence[int]) -> int | None:
@@ -246,7 +247,7 @@ def _find(row: Sequence[int], part: Sequence[int]) -> int | None:
 def _unconditional(inputs: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     if settings.unconditional != "mask":
         return dict(settings.unconditional)
-    ids = torch.full_like(inputs["input_ids"], settings.mask_id)
+    ids = inputs["input_ids"].new_full(inputs["input_ids"].shape, settings.mask_id or 0)
     return {"input_ids": ids, "attention_mask": inputs.get("attention_mask")}
 
 
@@ -284,7 +285,7 @@ def resolve(model: Any, inputs: Mapping[str, Any], settings: Settings) -> Settin
             f"{type(model).__name__}: its config names no mask_token_id, so this looks like a model that writes token after "
             "token: use model.generate, or pass mask_id= if it was trained as a masked-diffusion model"
         )
-    mask_id = given if s.mask_id is None else s.mask_id
+    mask_id: Any = given if s.mask_id is None else s.mask_id
     generation = getattr(model, "generation_config", None)
     eos = s.eos_id if s.eos_id is not None else getattr(generation, "eos_token_id", None) or text.eos_token_id
     eos = eos[0] if isinstance(eos, list | tuple) else eos
@@ -351,7 +352,7 @@ def _check_model(model: Any, text: Any, s: Settings) -> None:
     base = engine.base if engine is not None else text._attn_implementation
     if base not in host.NAMES:
         raise NotImplementedError(
-            f"attention implementation {base!r} takes no mask: load the model with attn_implementation=\"sdpa\""
+            f'attention implementation {base!r} takes no mask: load the model with attn_implementation="sdpa"'
         )
     rope = getattr(text, "rope_parameters", None) or {}
     if not host.is_causal(text) or family_of(model.config).prefix_lm or "mrope_section" in rope:

@@ -40,6 +40,8 @@ class Stream:
     ) -> None:
         self.model, self.inputs, self.settings, self.engine, self.call = model, inputs, settings, engine, call
         config = model.config.get_text_config(decoder=True)
+        self.text_model: Any
+        self.layers: Any
         self.text_model, self.layers, _ = find_decoder(model, config)
         self.base = engine.base if engine is not None else config._attn_implementation
         ids = inputs["input_ids"]
@@ -55,7 +57,7 @@ class Stream:
         self.positions = (longer.cumsum(1) - 1).clamp_min(0)
         self.embeds: Tensor | None = None  # of the prompt, once it has run
         self.known: Tensor | None = None  # [B, 1 + L, V] logits of the last prompt row and the canvas
-        self.cache = None if settings.cache == "none" else host.slot_cache(config)
+        self.cache: Any = None if settings.cache == "none" else host.slot_cache(config)
         self.work: list[tuple[int, int]] = []
         if call is not None:
             call.canvas = True
@@ -99,10 +101,10 @@ class Stream:
             "logits_to_keep": stop - max(first, self.start) + (first < self.start),
         }
         if self.cache is not None:
-            arguments["past_key_values"] = self.cache
+            arguments[host.CACHE] = self.cache
         canvas = tokens[:, max(first - self.start, 0) : max(stop - self.start, 0)]
         if self.call is not None:
-            self.call.open = canvas == self.settings.mask_id
+            self.call.open = canvas.eq(self.settings.mask_id or 0)
         if first >= self.start:
             arguments["input_ids"] = canvas
         elif self.embeds is None:
@@ -180,8 +182,10 @@ class DelayedStream(Stream):
         handles = []
         for layer, kept in zip(self.layers, self.kept, strict=True):
             handles += [
-                layer.self_attn.register_forward_hook(lambda m, a, out, k=kept: setattr(k, "attention", out[0].clone())),  # type: ignore[union-attr,operator]
-                layer.mlp.register_forward_hook(lambda m, a, out, k=kept: setattr(k, "mlp", out.clone())),  # type: ignore[union-attr,operator]
+                layer.self_attn.register_forward_hook(
+                    lambda m, a, out, k=kept: setattr(k, "attention", out[0].clone())
+                ),
+                layer.mlp.register_forward_hook(lambda m, a, out, k=kept: setattr(k, "mlp", out.clone())),
             ]
         try:
             self.forward(tokens, 0, self.total)
@@ -192,7 +196,6 @@ class DelayedStream(Stream):
     def _partly(self, tokens: Tensor, prompt: bool, answer: bool) -> None:
         """Run the prompt's columns, all of the answer's or the share that moved, or both."""
         assert self.embeds is not None
-        assert self.cache is not None
         embeds = self.model.get_input_embeddings()(tokens)
         first = 0 if prompt else self.start
         hidden = torch.cat([self.embeds, embeds.to(self.embeds.dtype)], 1)[:, first:]
@@ -200,7 +203,7 @@ class DelayedStream(Stream):
         count = self.total - self.start if answer else round(self.settings.refresh * (self.total - self.start))
         ran = 0
         for index, (layer, kept) in enumerate(zip(self.layers, self.kept, strict=True)):
-            normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+            normed = layer.input_layernorm(hidden)
             rows = columns - first
             if not answer:
                 moved = self._moved(layer, index, normed[:, self.start - first :], count) + self.start - first
@@ -210,22 +213,22 @@ class DelayedStream(Stream):
                 at = rows + first
                 mask = _take(self.visible[:, 0].expand(len(rows), -1, -1), at)[:, None]
                 picked = _take(normed, rows)
-                where = self.text_model.rotary_emb(picked, position_ids=self.positions.gather(1, at))  # type: ignore[operator]
+                where = self.text_model.rotary_emb(picked, position_ids=self.positions.gather(1, at))
                 slot = self.cache.layers[index]
                 slot.at = at
-                out = layer.self_attn(  # type: ignore[operator]
+                out = layer.self_attn(
                     hidden_states=picked,
                     position_embeddings=where,
                     attention_mask=host.mask_like(mask, self.base, picked),
-                    past_key_values=self.cache,
+                    **{host.CACHE: self.cache},
                 )[0]
                 slot.at = None
                 _put(kept.attention, at, out)
             hidden = hidden + kept.attention[:, first:]
             if ran:
-                _put(kept.mlp, at, layer.mlp(layer.post_attention_layernorm(_take(hidden, rows))))  # type: ignore[operator]
+                _put(kept.mlp, at, layer.mlp(layer.post_attention_layernorm(_take(hidden, rows))))
             hidden = hidden + kept.mlp[:, first:]
-        last = self.text_model.norm(hidden[:, self.start - first - (1 if prompt else 0) :])  # type: ignore[operator]
+        last = self.text_model.norm(hidden[:, self.start - first - (1 if prompt else 0) :])
         assert self.known is not None
         logits = self.model.get_output_embeddings()(last)
         self.known[:, -logits.shape[1] :] = logits
@@ -233,7 +236,6 @@ class DelayedStream(Stream):
 
     def _moved(self, layer: Any, index: int, normed: Tensor, count: int) -> Tensor:
         """``[B, count]`` the answer tokens whose value moved most, ascending."""
-        assert self.cache is not None
         value = layer.self_attn.v_proj(normed)
         held = self.cache.layers[index].values[:, :, self.start : self.total]
         held = held.transpose(1, 2).flatten(2)

@@ -1,0 +1,374 @@
+"""The denoising loop against a plain second one, its caches against no cache, methods on its steps, wrong input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vlm_attn
+from tests import tiny
+from tests.helpers import ACTIVE
+from vlm_attn import diffusion
+from vlm_attn.diffusion import sampling
+
+MASK = 127
+PROMPTS = [["image", 4], [3, "image", 7]]
+
+
+@pytest.fixture(scope="module")
+def host():
+    model, inputs = tiny.llava()
+    model.config.mask_token_id = MASK
+    return model, inputs
+
+
+@pytest.fixture
+def model(host):
+    yield host[0]
+    if vlm_attn.is_patched(host[0]):
+        vlm_attn.unpatch(host[0])
+
+
+@pytest.fixture
+def inputs(host):
+    return host[1](PROMPTS)
+
+
+def logits_of(model, inputs, canvas, attention="full"):
+    """A whole forward, with a mask made on its own."""
+    ids = torch.cat([inputs["input_ids"], canvas], 1)
+    shown = torch.nn.functional.pad(inputs["attention_mask"], (0, canvas.shape[1]), value=1).bool()
+    length, prompt = ids.shape[1], inputs["input_ids"].shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool)
+    if attention == "causal":
+        seen[:prompt] = torch.ones(length, length, dtype=torch.bool).tril()[:prompt]
+    elif attention == "prefix-diffusion":
+        seen[:prompt, prompt:] = False
+    mask = (seen[None, None] & shown[:, None, None]) | torch.eye(length, dtype=torch.bool)
+    with torch.no_grad():
+        return model(
+            input_ids=ids,
+            pixel_values=inputs["pixel_values"],
+            attention_mask=mask,
+            position_ids=(shown.long().cumsum(1) - 1).clamp_min(0),
+            use_cache=False,
+        ).logits
+
+
+def plain_loop(model, inputs, steps, length, size, attention="full", shift=False, w=0.0):
+    """LLaDA's loop, as methods state it, without a shortcut."""
+    prompt = inputs["input_ids"].shape[1]
+    x = torch.full((len(inputs["input_ids"]), length), MASK)
+    for block in range(length // size):
+        end = (block + 1) * size
+        per_block = steps // (length // size)
+        total = (x[:, block * size : end] == MASK).sum(1)
+        for i in range(per_block):
+            out = logits_of(model, inputs, x, attention)
+            if w:
+                no_prompt = {**inputs, "input_ids": torch.full_like(inputs["input_ids"], MASK)}
+                no_image = text_logits(model, no_prompt, x, attention)
+                out = no_image + (w + 1) * (out - no_image)
+            out = out.roll(1, 1) if shift else out
+            out = out[:, prompt:].double()
+            out[..., MASK] = -torch.inf
+            new, p = out.argmax(-1), out.softmax(-1).max(-1).values
+            p[x != MASK] = -1
+            p[:, end:] = -1
+            for row in range(len(x)):
+                n = int(total[row]) // per_block + (i < int(total[row]) % per_block)
+                best = p[row].topk(n).indices
+                x[row, best] = new[row, best]
+    return x
+
+
+def text_logits(model, inputs, canvas, attention):
+    embeds = model.get_input_embeddings()(torch.cat([inputs["input_ids"], canvas], 1))
+    shown = torch.nn.functional.pad(inputs["attention_mask"], (0, canvas.shape[1]), value=1).bool()
+    mask = shown[:, None, None].expand(-1, 1, embeds.shape[1], -1) | torch.eye(embeds.shape[1], dtype=torch.bool)
+    assert attention == "full"
+    positions = (shown.long().cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        return model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
+def run(model, inputs, **options):
+    """Tokens, and per step what was written and how sure the model was."""
+    steps = list(diffusion.stream(model, inputs, **{"steps": 8, "gen_length": 8, **options}))
+    return steps[-1].tokens, torch.stack([s.confidence for s in steps]), steps
+
+
+def same(got, wanted):
+    assert got[0].tolist() == wanted[0].tolist()
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+class TestLoop:
+    @pytest.mark.parametrize("attention", ["full", "prefix-diffusion", "causal"])
+    @pytest.mark.parametrize(("steps", "size"), [(8, 8), (4, 4), (6, 4), (2, 2 * 4)])
+    def test_equals_a_plain_loop(self, model, inputs, attention, steps, size):
+        got = diffusion.generate(model, inputs, steps=steps, gen_length=8, block_length=size, attention=attention)
+        assert got.tokens.tolist() == plain_loop(model, inputs, steps, 8, size, attention).tolist()
+        assert got.forwards == got.steps == steps
+
+    def test_shifted_logits(self, model, inputs):
+        got = diffusion.generate(model, inputs, steps=4, gen_length=8, block_length=4, logit_shift=True)
+        assert got.tokens.tolist() == plain_loop(model, inputs, 4, 8, 4, shift=True).tolist()
+
+    def test_guidance(self, model, inputs):
+        options = {"steps": 4, "gen_length": 8, "unconditional": "mask"}
+        got = diffusion.generate(model, inputs, cfg_scale=1.5, **options)
+        assert got.tokens.tolist() == plain_loop(model, inputs, 4, 8, 8, w=1.5).tolist()
+        assert got.forwards == 8
+        assert got.tokens.tolist() != diffusion.generate(model, inputs, **options).tokens.tolist()
+
+    @pytest.mark.parametrize("attention", ["full", "causal"])
+    def test_padded_rows_equal_rows_alone(self, host, model, attention):
+        both = run(model, host[1](PROMPTS), attention=attention)
+        long = host[1](PROMPTS)
+        pads = int((long["attention_mask"][0] == 0).sum())
+        alone = {
+            "input_ids": long["input_ids"][:1, pads:],
+            "attention_mask": long["attention_mask"][:1, pads:],
+            "pixel_values": long["pixel_values"][:1],
+        }
+        assert pads
+        single = run(model, alone, attention=attention)
+        same((both[0][:1], both[1][:, :1]), single)
+
+    def test_seed_decides(self, model, inputs):
+        options = {"temperature": 1.0, "gen_length": 8, "steps": 4, "remasking": "random"}
+        first, second, other = (
+            diffusion.generate(model, inputs, seed=seed, **options).tokens.tolist() for seed in (1, 1, 2)
+        )
+        assert first == second != other
+
+    @pytest.mark.parametrize("remasking", sampling.REMASKING)
+    @pytest.mark.parametrize("schedule", ["linear", "dream", 0.33, 3.0])
+    def test_every_rule_fills_the_canvas(self, model, inputs, remasking, schedule):
+        options = {"remasking": remasking, "schedule": schedule, "steps": 4, "gen_length": 8, "block_length": 8}
+        steps = list(diffusion.stream(model, inputs, **options))
+        assert not (steps[-1].tokens == MASK).any()
+        for before, after in zip(steps, steps[1:], strict=False):
+            kept = before.tokens != MASK
+            assert (after.tokens == before.tokens)[kept].all()
+            assert ((after.tokens != MASK) & ~kept).equal(after.written)
+
+    def test_suppressed_ids_are_never_written(self, model, inputs):
+        plain = diffusion.generate(model, inputs, steps=8, gen_length=8)
+        banned = plain.tokens.unique().tolist()
+        other = diffusion.generate(model, inputs, steps=8, gen_length=8, suppress=tuple(banned))
+        assert not torch.isin(other.tokens, plain.tokens).any()
+
+    def test_stop_closes_what_follows(self, model, inputs):
+        plain = diffusion.generate(model, inputs, steps=8, gen_length=8, block_length=2, eos_id=tiny.EOS)
+        stop = tuple(plain.tokens[1, 2:4].tolist())
+        got = diffusion.generate(
+            model, {k: v[1:] for k, v in inputs.items()}, steps=8, gen_length=8, block_length=2, stop=(stop,)
+        )
+        assert got.tokens[0].tolist() == [*plain.tokens[1, :4].tolist(), *[tiny.EOS] * 4]
+        assert got.answers == [plain.tokens[1, :2].tolist()]
+        assert got.forwards < 8
+
+    def test_threshold_writes_all_that_are_sure(self, model, inputs):
+        at_once = diffusion.generate(model, inputs, gen_length=8, block_length=4, threshold=1e-9)
+        assert at_once.forwards == 2
+        one_by_one = run(model, inputs, threshold=1.0)
+        same(one_by_one, run(model, inputs, steps=8))
+        between = list(diffusion.stream(model, inputs, gen_length=8, threshold=0.3))
+        for step in between:
+            for row in range(2):
+                sure = step.confidence[row][step.written[row]]
+                assert len(sure) <= 1 or (sure >= 0.3).all()
+
+    def test_model_is_left_as_it_was(self, model, inputs):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with torch.no_grad():
+            logits = model(**inputs).logits
+            diffusion.generate(model, inputs, steps=2, gen_length=4, cache="dual")
+            assert model(**inputs).logits.equal(logits)
+        assert all(v.equal(before[k]) for k, v in model.state_dict().items())
+        assert not model.model.language_model._forward_pre_hooks
+
+
+class TestSampling:
+    @given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.integers(1, 12), st.floats(0.1, 5))
+    def test_counts_add_up(self, many, steps, shift):
+        for schedule in ("linear", "dream", shift):
+            out = sampling.counts(torch.tensor(many), steps, schedule)
+            assert out.sum(1).tolist() == many
+            assert (out >= 0).all()
+
+    def test_counts_by_hand(self):
+        assert sampling.counts(torch.tensor([7]), 3, "linear").tolist() == [[3, 2, 2]]
+        # sigma = 3t / (1 + 2t) at 1/4, 1/2, 3/4, 1: 0.5, 0.75, 0.9, 1 of 8 are 4, 6, 7, 8; reversed differences
+        assert sampling.counts(torch.tensor([8]), 4, 3.0).tolist() == [[1, 1, 2, 4]]
+        # t: 1, 0.5005, 0.001: floor(8 * 0.4995) = 3, then the rest
+        assert sampling.counts(torch.tensor([8]), 2, "dream").tolist() == [[3, 5]]
+
+    def test_scores_by_hand(self):
+        p = torch.tensor([[[0.7, 0.2, 0.1], [0.5, 0.5, 0.0]]], dtype=torch.float64)
+        tokens, none = torch.tensor([[1, 0]]), torch.Generator()
+        by = {
+            rule: sampling.confidence(p.log(), tokens, rule, none) for rule in ("low_confidence", "margin", "entropy")
+        }
+        torch.testing.assert_close(by["low_confidence"], p.new_tensor([[0.2, 0.5]]))
+        torch.testing.assert_close(by["margin"], p.new_tensor([[0.5, 0.0]]))
+        torch.testing.assert_close(by["entropy"], p.new_tensor([[-0.80181855, -0.69314718]]))
+
+    def test_gumbel_follows_the_distribution(self):
+        logits = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64).expand(1, 20_000, 3)
+        drawn = sampling.propose(logits, 1.0, torch.Generator().manual_seed(0))
+        share = torch.bincount(drawn[0], minlength=3) / 20_000
+        torch.testing.assert_close(share.double(), logits[0, 0].softmax(-1), atol=0.015, rtol=0)
+
+
+class TestCaches:
+    @pytest.mark.parametrize("attention", ["prefix-diffusion", "causal"])
+    @pytest.mark.parametrize("size", [8, 4])
+    @pytest.mark.parametrize("shift", [False, True])
+    def test_prefix_is_exact_where_the_prompt_does_not_see_the_answer(self, model, inputs, attention, size, shift):
+        options = {"attention": attention, "block_length": size, "logit_shift": shift}
+        cached = run(model, inputs, cache="prefix", **options)
+        same(cached, run(model, inputs, **options))
+        prompt = inputs["input_ids"].shape[1]
+        assert cached[2][-1].work == ((prompt, prompt), *[(8, prompt + 8)] * 8)
+
+    @pytest.mark.parametrize("cache", ["block", "dual"])
+    @pytest.mark.parametrize("attention", ["prefix-diffusion", "causal"])
+    def test_a_single_block_is_exact(self, model, inputs, cache, attention):
+        same(run(model, inputs, cache=cache, attention=attention), run(model, inputs, attention=attention))
+
+    @pytest.mark.parametrize(("every", "attention"), [(1, "full"), (100, "prefix-diffusion"), (100, "causal")])
+    @pytest.mark.parametrize("shift", [False, True])
+    def test_delayed_is_exact_when_nothing_is_late(self, model, inputs, every, attention, shift):
+        options = {"attention": attention, "logit_shift": shift}
+        late = run(model, inputs, cache="delayed", prompt_every=every, answer_every=1, **options)
+        same(late, run(model, inputs, **options))
+
+    @pytest.mark.parametrize(
+        ("cache", "rows"),
+        [
+            ("block", [28, 8, 28, 4]),
+            ("dual", [28, 4, 28, 4]),
+            ("delayed", [28, 2, 2, 2]),
+            ("prefix", [20, 8, 8, 8, 8]),
+        ],
+    )
+    def test_what_runs_and_that_it_is_an_approximation(self, model, inputs, cache, rows):
+        options = {"steps": 4, "block_length": 4, "attention": "full"}
+        assert inputs["input_ids"].shape[1] == 20
+        plain, cached = run(model, inputs, **options), run(model, inputs, cache=cache, **options)
+        assert [r for r, _ in cached[2][-1].work] == rows
+        if cache != "prefix":  # the first step is a whole forward
+            torch.testing.assert_close(cached[1][0], plain[1][0], rtol=1e-4, atol=1e-6, equal_nan=True)
+        assert not torch.allclose(cached[1], plain[1], rtol=1e-3, equal_nan=True)
+
+    @pytest.mark.parametrize("cache", ["block", "dual"])
+    def test_one_step_a_block_is_exact(self, model, inputs, cache):
+        options = {"steps": 2, "block_length": 4, "attention": "full"}
+        same(run(model, inputs, cache=cache, **options), run(model, inputs, **options))
+
+    @pytest.mark.parametrize("cache", ["block", "dual", "prefix"])
+    def test_eager_models(self, inputs, cache):
+        model, _ = tiny.llava()
+        model.set_attn_implementation("eager")
+        options = {"mask_id": MASK, "attention": "causal"}
+        same(run(model, inputs, cache=cache, **options), run(model, inputs, **options))
+
+
+METHODS = {
+    "gift": ACTIVE["gift"],
+    "var": ACTIVE["var"],
+    "divprune": {"keep": 3},
+    "fastv": {"keep": 3},
+    "pyramid_drop": {},
+}
+
+
+class TestMethods:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_cached_equals_recomputed_and_differs_from_plain(self, model, inputs, method):
+        options = {"attention": "causal"}
+        plain = run(model, inputs, **options)
+        vlm_attn.patch(model, method, **METHODS[method])
+        cached = run(model, inputs, cache="prefix", **options)
+        same(cached, run(model, inputs, **options))
+        assert not torch.allclose(cached[1], plain[1], rtol=1e-3, equal_nan=True)
+
+    @pytest.mark.parametrize("method", ["gift", "divprune"])
+    def test_where_the_prompt_sees_itself(self, model, inputs, method):
+        options = {"attention": "prefix-diffusion"}
+        vlm_attn.patch(model, method, **METHODS[method])
+        same(run(model, inputs, cache="prefix", **options), run(model, inputs, **options))
+
+    @pytest.mark.parametrize("attention", ["full", "causal", "prefix-diffusion"])
+    def test_dropping_equals_masking(self, model, inputs, attention):
+        answers = []
+        for mode in ("drop", "mask"):
+            vlm_attn.patch(model, "divprune", keep=3, mode=mode, replace=vlm_attn.is_patched(model))
+            answers.append(run(model, inputs, attention=attention))
+        same(*answers)
+
+    def test_a_mask_method_is_the_prompts_mask(self, model, inputs):
+        wanted = run(model, inputs, attention="modality-mutual")
+        vlm_attn.patch(model, "mma")
+        same(run(model, inputs, attention="causal"), wanted)
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"steps": 3, "gen_length": 8, "block_length": 4}, "steps=3 is no multiple of the 2 blocks"),
+            ({"steps": 8, "gen_length": 8, "block_length": 3}, "block_length=3 does not divide gen_length=8"),
+            ({"steps": 0}, "steps=0: give a whole number"),
+            ({"mask_id": tiny.EOS}, f"mask_id={tiny.EOS} is the end token"),
+            ({"mask_id": tiny.PAD}, "is the padding token"),
+            ({"mask_id": tiny.IMAGE}, "is the image token"),
+            ({"mask_id": 1000}, "outside the vocabulary of 128"),
+            ({"cfg_scale": 1.0}, "needs an unconditional prompt"),
+            ({"cache": "dul"}, "cache='dul': there are none, prefix"),
+            ({"remasking": "high"}, "remasking='high': there are"),
+            ({"schedule": "cosine"}, "schedule='cosine': there are linear, dream"),
+            ({"temperature": -1.0}, "temperature=-1.0"),
+            ({"threshold": 1.5}, "threshold=1.5 is outside"),
+            ({"threshold": 0.9, "remasking": "entropy"}, "gives none"),
+            ({"attention": "sideways"}, "no mask 'sideways'"),
+            ({"suppress": (500,)}, "token 500"),
+        ],
+    )
+    def test_is_refused_before_anything_runs(self, model, inputs, options, message, monkeypatch):
+        monkeypatch.setattr(type(model), "forward", lambda *a, **k: pytest.fail("the model ran"))
+        with pytest.raises(ValueError, match=message):
+            diffusion.stream(model, inputs, **options)
+
+    def test_a_model_that_writes_token_after_token(self, inputs):
+        model, _ = tiny.llava()
+        with pytest.raises(ValueError, match="no mask_token_id"):
+            diffusion.generate(model, inputs)
+
+    def test_a_diffusion_model_in_generate(self, model, inputs):
+        vlm_attn.patch(model, "divprune")
+        with pytest.raises(ValueError, match=r"vlm_attn\.diffusion\.generate"):
+            model.generate(**inputs, max_new_tokens=2)
+
+    def test_a_prompt_with_a_mask(self, model, inputs):
+        inputs["input_ids"][0, -1] = MASK
+        with pytest.raises(ValueError, match="the prompt holds the mask token"):
+            diffusion.generate(model, inputs)
+
+    @pytest.mark.parametrize("family", ["gemma3", "qwen2_vl", "paligemma"])
+    def test_families_no_mask_makes_bidirectional(self, family):
+        model, make = tiny.FAMILIES[family]()
+        with pytest.raises(NotImplementedError, match="no plain decoder"):
+            diffusion.generate(model, make([["image", 4]]), mask_id=119)
+
+    def test_methods_that_cannot_follow(self, model, inputs):
+        vlm_attn.patch(model, "gift", **ACTIVE["gift"])
+        for cache, attention in (("delayed", "causal"), ("dual", "full"), ("none", "full")):
+            with pytest.raises(ValueError, match="gift"):
+                diffusion.generate(model, inputs, cache=cache, attention=attention)
+        diffusion.generate(model, inputs, cache="prefix", attention="full", steps=2, gen_length=2)
