@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from vlm_attn.demo.link import State
+
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -152,7 +154,10 @@ def test_errors_are_messages(visit: Any, tmp_path: Path) -> None:
 def test_yes_or_no(visit: Any) -> None:
     tab = visit()
     tab.get_by_role("tab", name="Yes or no").click()
-    tab.fill("#question textarea, #question input", "Is there an elephant in the image?")
+    question = tab.locator("#question textarea, #question input")
+    sync_api.expect(question).to_have_value(State().question)  # the tab is there; what it starts with comes no more
+    question.fill("Is there an elephant in the image?")
+    question.press("Tab")
     tab.click("#ask")
     sync_api.expect(tab.locator("#answers .run").first).to_contain_text("right (the truth: yes)")
 
