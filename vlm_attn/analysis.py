@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from vlm_attn.branch import Decoding
 from vlm_attn.call import Call
 from vlm_attn.chat import find_question, read_template, tokenizer_of
 from vlm_attn.engine import _padding
@@ -161,7 +162,8 @@ def gaze(model: nn.Module, inputs: Mapping[str, Any], answer: Sequence[int], **o
         seen.setdefault(layer, []).append(row)
 
     before = engine.methods
-    engine.methods, engine.watch = (*(m for m in before if m.name != "gaze"), _Bystander()), watch
+    kept = (m for m in before if m.name != "gaze" and not isinstance(m, Decoding))  # the tokens are given
+    engine.methods, engine.watch = (*kept, _Bystander()), watch
     try:
         with torch.no_grad():
             model.generate(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn import host, reduction
+from vlm_attn.branch import Decoding, Run
 from vlm_attn.call import Call
 from vlm_attn.chat import ChatTemplate, find_question
 from vlm_attn.families import family_of, image_token_ids, split_images
@@ -57,6 +58,7 @@ class Engine:
         self.base = "sdpa"  # implementation the model had
         self.told = False  # whether a warning that is given once has been given
         self.kept: tuple[reduction.KeptImage, ...] = ()  # of the last prompt
+        self.plain = False  # whether a second stream is running, which nothing edits
         self.force = False  # run neutral methods through the edit path too
         self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends
         self.call: Call | None = None
@@ -83,6 +85,8 @@ class Engine:
     @property
     def active(self) -> tuple[Method, ...]:
         """The methods that do something."""
+        if self.plain:
+            return ()
         return tuple(m for m in self.methods if self.force or not m.neutral)
 
     @property
@@ -155,7 +159,7 @@ class Engine:
                 "wrap the call in `with vlm_attn.spans(model, visual=[(a, b)], query=[(c, d)]):` (one entry per row)"
             )
         if not visual.any(1).all() and not any(m.needs_image for m in self.active):
-            if not self.told:
+            if self.reduces and not self.told:
                 self.told = True
                 warnings.warn("a prompt has no image: there is no visual token to take away", UserWarning, stacklevel=2)
         elif not visual.any(1).all():
@@ -252,8 +256,21 @@ class Engine:
             inputs["output_attentions"] = True
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             raise ValueError("a patched model generates from input_ids or inputs_embeds; neither was given")
-        with self.running(inputs):
-            return stock(*args, **kwargs)
+        with self.running(inputs) as call:
+            decoding = next((m for m in self.active if isinstance(m, Decoding)), None)
+            if decoding is None:
+                return stock(*args, **kwargs)
+            with decoding.decoding(Run(self, model, call, inputs)) as changes:
+                return stock(*args, **{**kwargs, **changes})
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Another stream of this model runs inside: unedited, and nothing of it is noted."""
+        call, plain, self.call, self.plain = self.call, self.plain, None, True
+        try:
+            yield
+        finally:
+            self.call, self.plain = call, plain
 
     # Hooks
 
@@ -261,6 +278,12 @@ class Engine:
         """A bare forward starts a call, or goes on with the one its cache remembers."""
         if not self.active or self._inside():
             return
+        alone = next((m.name for m in self.active if isinstance(m, Decoding)), None)
+        if alone is not None:
+            raise NotImplementedError(
+                f"{alone} acts on what is decoded, so a forward alone has nothing for it to do: call model.generate, or patch "
+                f"without {alone}"
+            )
         inputs = {**_named(module, args), **kwargs}
         cache = host.cache_of(inputs)
         known: Call | None = getattr(cache, CACHE_NOTE, None)

@@ -129,6 +129,12 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
     return ids
 
 
+def image_marker_ids(config: Any) -> list[int]:
+    """Ids of the tokens that stand around an image, where the config names them."""
+    names = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
+    return [i for name in names if isinstance(i := getattr(config, name, None), int)]
+
+
 def check_reducible(config: Any, method: str) -> None:
     """Refuse to take visual tokens from a family whose layers were never tried with fewer.
 

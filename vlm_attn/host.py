@@ -267,6 +267,29 @@ def layer_of_type(text_config: Any, kind: str) -> int:
     return kinds.index(kind) if kind in kinds else 0
 
 
+# Positions
+
+
+def prompt_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Positions of a prompt as ``generate`` counts them: padding has no place, pictures may have theirs (M-RoPE).
+
+    Args:
+        model: the model.
+        inputs: the prompt's inputs, ``input_ids`` and ``attention_mask`` ``[B, L]`` among them.
+
+    Returns:
+        ``[B, L]``, or ``[4, B, L]`` (text, then time, height, width) under M-RoPE. What the host notes on the model about them
+        is put back: it belongs to the stream that ``generate`` runs.
+    """
+    holders = [module for module in model.modules() if hasattr(module, "rope_deltas")]
+    noted = [module.rope_deltas for module in holders]
+    try:
+        return model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+    finally:
+        for module, value in zip(holders, noted, strict=True):
+            module.rope_deltas = value
+
+
 # Arguments
 
 

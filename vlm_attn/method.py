@@ -42,14 +42,14 @@ class Method:
         name: the name in the registry and on the command line.
         paper: citation with its identifier.
         edited_rows: ``"last"`` edits every row from the last prompt token on (the prompt then runs as body + last
-            token); ``"text"`` edits every text row after the first image as well.
+            token); ``"text"`` edits every text row after the first image as well; ``"none"`` edits none.
         read_hidden: whether :meth:`read_tokens` is called with every layer's input.
         needs_image: whether a prompt without an image is an error; else the method does nothing there.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    edited_rows: ClassVar[Literal["last", "text"]] = "last"
+    edited_rows: ClassVar[Literal["last", "text", "none"]] = "last"
     read_hidden: ClassVar[bool] = False
     needs_image: ClassVar[bool] = True
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from vlm_attn import host, presets, registry
 from vlm_attn.attention import TAG, Tag
+from vlm_attn.branch import Decoding
 from vlm_attn.chat import read_template, tokenizer_of
 from vlm_attn.engine import Engine, LayerHook
 from vlm_attn.families import check_reducible, cls_attention_module, family_of, image_token_ids
@@ -252,6 +253,9 @@ def resolve(
     if len(set(names)) != len(names):
         raise ValueError(f"each method can be applied once, got {'+'.join(names)}")
     bound = [presets.complete(m, config, facts, preset).bind(facts) for m in built]
+    decoders = [m.name for m in bound if isinstance(m, Decoding)]
+    if len(decoders) > 1:
+        raise ValueError(f"{'+'.join(decoders)}: each of them decides what the next token is chosen from; choose one")
     masks = [m.name for m in bound if m.mask is not None]
     if len(masks) > 1:
         raise ValueError(f"{'+'.join(masks)}: each of them sets the attention mask of the prompt; choose one")

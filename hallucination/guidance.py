@@ -1,0 +1,43 @@
+"""Guidance of PAI (arXiv 2407.21771, ECCV 2024): classifier-free guidance against the prompt without its picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlm_attn.branch import Branch, Run, plausible, without_image
+from vlm_attn.method import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance(Branch):
+    """Base of methods that contrast with what the model says without the picture.
+
+    Attributes:
+        gamma: ``gamma (log p - log p') + log p'``; 1 = no guidance. Range [1, 20].
+        beta: a token must be at least this share of the likeliest one's probability. Range 0..1; 0 = no cut.
+
+    Cost: a second prompt, without the image's tokens, and a second forward for every token.
+    """
+
+    gamma: float = 1.1
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range(self, "gamma", 1, 20)
+        check_range(self, "beta", 0, 1)
+
+    @property
+    def neutral(self) -> bool:
+        """No guidance and no cut."""
+        return self.gamma == 1 and self.beta == 0
+
+    def second(self, run: Run) -> dict[str, Tensor]:
+        """The prompt without its images."""
+        return without_image(run)
+
+    def combine(self, main: Tensor, second: Tensor) -> Tensor:
+        """Both as log probabilities, on what is plausible."""
+        main, second = main.log_softmax(-1), second.log_softmax(-1)
+        return plausible(self.gamma * (main - second) + second, main, self.beta)

@@ -1,0 +1,349 @@
+"""Methods that act on what is decoded: they contrast the model's logits with a second stream's, or steer ``generate``.
+
+They join the host's own ``generate`` as one of its logits processors, so greedy, sampling and beams stay the host's. A
+second stream is a second forward of the same model on other inputs, with a cache and positions of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from vlm_attn import host
+from vlm_attn.call import Call
+from vlm_attn.families import image_marker_ids
+from vlm_attn.method import Method, check_range
+
+if TYPE_CHECKING:
+    from vlm_attn.engine import Engine
+
+PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One ``generate`` of a patched model, as a decoding method sees it.
+
+    Attributes:
+        engine: the patched state.
+        model: the model.
+        call: the call, with the prompt's layout.
+        options: every argument of ``generate`` by name.
+    """
+
+    engine: Engine
+    model: Any
+    call: Call
+    options: Mapping[str, Any]
+
+    def option(self, name: str) -> Any:
+        """A generation option: from the arguments, the ``generation_config`` among them, or the model's own."""
+        config = self.options.get("generation_config") or getattr(self.model, "generation_config", None)
+        value = self.options.get(name)
+        return value if value is not None else getattr(config, name, None)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The tensors the model's forward gets, positions left out (they follow from the mask)."""
+        known = signature(type(self.model).forward).parameters
+        given = {k: v for k, v in self.options.items() if isinstance(v, Tensor) and k in known and k != "position_ids"}
+        given["attention_mask"] = self.options.get("attention_mask", torch.ones_like(given["input_ids"]))
+        return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding(Method):
+    """Base of methods that act on what is decoded. A model takes one of them, beside any that edit attention.
+
+    They act inside ``generate`` only: a bare forward of a model that is patched with one is refused.
+    """
+
+    edited_rows: ClassVar[Literal["last", "text", "none"]] = "none"
+
+    def edit(self, call: Call, layer: int) -> Any:
+        """Attention is left alone."""
+        return None
+
+    def refuse(self, run: Run) -> None:
+        """Say what ``generate`` was asked for that cannot be done, before anything runs.
+
+        Raises:
+            NotImplementedError: another model's guesses, a custom strategy.
+            ValueError: a cache that holds earlier columns, ``inputs_embeds``.
+        """
+        for name, what in (("assistant_model", "an assistant model"), ("custom_generate", "a custom strategy")):
+            if run.options.get(name) is not None:
+                raise NotImplementedError(f"{self.name} does not work with {what}: leave out {name}=")
+        if not isinstance(run.options.get("input_ids"), Tensor):
+            raise ValueError(f"{self.name} needs the prompt's tokens: pass input_ids, not inputs_embeds")
+        if run.call.first:
+            raise ValueError(
+                f"{self.name} cannot go on with a cache that holds {run.call.first} columns: pass the whole conversation "
+                "and no cache"
+            )
+
+    @contextmanager
+    def decoding(self, run: Run) -> Iterator[dict[str, Any]]:
+        """What ``generate`` is called with instead, for the length of the call.
+
+        Yields:
+            Arguments that are added to those given.
+        """
+        self.refuse(run)
+        yield {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch(Decoding):
+    """Base of methods with a second stream: :meth:`second` says what it is shown, :meth:`combine` what becomes of both logits.
+
+    Class attributes:
+        same_image: both streams see the same pictures, so they are encoded once.
+    """
+
+    same_image: ClassVar[bool] = False
+
+    def second(self, run: Run) -> dict[str, Tensor]:
+        """Inputs of the second stream: ``input_ids`` and ``attention_mask`` ``[B, P2]``, padded on the left, and its pictures.
+
+        Raises:
+            ValueError: the prompt lacks what the method needs.
+        """
+        raise NotImplementedError
+
+    def combine(self, main: Tensor, second: Tensor) -> Tensor:
+        """Logits of the model and of its second stream, each ``[R, V]`` float32, to logits ``[R, V]``."""
+        raise NotImplementedError
+
+    @contextmanager
+    def decoding(self, run: Run) -> Iterator[dict[str, Any]]:
+        """Add the contrast to the logits processors."""
+        self.refuse(run)
+        stream = Stream(run.engine, run.model, self.second(run))
+        with encoded_once(run.model) if self.same_image else nullcontext():
+            yield with_processor(run, Contrast(lambda ids, scores: self.combine(scores, stream.logits(ids))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive(Branch):
+    """Base of the contrast ``(1 + alpha) l - alpha l'`` under the plausibility cut (VCD, arXiv 2311.16922, equations 3 and 4).
+
+    Attributes:
+        alpha: strength of the contrast. Range 0..20.
+        beta: a token must be at least this share of the likeliest one's probability. Range 0..1; 0 = no cut.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0, 20)
+        check_range(self, "beta", 0, 1)
+
+    @property
+    def neutral(self) -> bool:
+        """No contrast and no cut. The cut alone changes what is sampled."""
+        return self.alpha == 0 and self.beta == 0
+
+    def combine(self, main: Tensor, second: Tensor) -> Tensor:
+        """The contrast, on what is plausible."""
+        return plausible((1 + self.alpha) * main - self.alpha * second, main, self.beta)
+
+
+def plausible(logits: Tensor, main: Tensor, beta: float) -> Tensor:
+    """Adaptive plausibility (arXiv 2210.15097, equation 2): tokens less likely than ``beta`` times the likeliest are out.
+
+    Args:
+        logits: ``[R, V]`` what is cut.
+        main: ``[R, V]`` the model's own logits (or log probabilities), which decide.
+        beta: share of the largest probability; 0 = no cut.
+
+    Returns:
+        ``[R, V]`` with -inf where ``main < max(main) + log(beta)``.
+    """
+    cut = main.amax(-1, keepdim=True) + (math.log(beta) if beta else -math.inf)
+    return logits.masked_fill(main < cut, -math.inf)
+
+
+class Contrast(LogitsProcessor):
+    """A decoding method as a logits processor. It gives log probabilities: beams add them up."""
+
+    def __init__(self, contrast: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.contrast = contrast
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``[R, L]`` tokens so far, ``[R, V]`` logits of the next."""
+        return self.contrast(input_ids, scores.float()).log_softmax(-1)
+
+
+def with_processor(run: Run, processor: LogitsProcessor) -> dict[str, Any]:
+    """``logits_processor`` of a run with one more behind those given."""
+    return {"logits_processor": LogitsProcessorList([*(run.options.get("logits_processor") or []), processor])}
+
+
+class Stream:
+    """A second forward beside ``generate``: inputs, cache and positions of its own, attention unedited.
+
+    It reads what the host has decoded off the ``input_ids`` that a logits processor gets. A row there may go on from any row
+    of the same sample (beams), or have fewer tokens than before (speculation): the cache is brought in step first.
+
+    Args:
+        engine: the patched state.
+        model: the model.
+        inputs: inputs of the prompt, as :meth:`Branch.second` gives them.
+    """
+
+    def __init__(self, engine: Engine, model: Any, inputs: Mapping[str, Tensor]) -> None:
+        self.engine, self.model = engine, model
+        self.inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        self.mask = self.inputs["attention_mask"]
+        self.cache = host.new_cache(engine.text_config)
+        self.prompt = 0  # columns of the host's ids before the first decoded one
+        self.first: Tensor | None = None  # [R, V] logits at the prompt's end
+        self.last = torch.empty(0)  # [.., R, 1] position of the prompt's last token
+        self.read = torch.empty(0)  # [R, n] decoded tokens that are in the cache
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """``[R, L]`` the host's tokens, prompt included, to the next token's logits ``[R, V]`` in this stream, float32."""
+        input_ids = input_ids.to(self.model.device)
+        if self.first is None:
+            self._start(input_ids)
+        assert self.first is not None
+        decoded = input_ids[:, self.prompt :]
+        self._follow(decoded)
+        known, total = self.read.shape[1], decoded.shape[1]
+        if not total:
+            return self.first
+        self.read = decoded
+        positions = self.last + torch.arange(known + 1, total + 1, device=decoded.device)
+        mask = torch.cat([self.mask, torch.ones_like(decoded)], 1)
+        return self._forward({"input_ids": decoded[:, known:], "attention_mask": mask}, positions)
+
+    def _start(self, input_ids: Tensor) -> None:
+        positions = host.prompt_positions(self.model, self.inputs)
+        first = self._forward(self.inputs, positions)
+        times = len(input_ids) // len(first)
+        self.samples, self.prompt, self.read = len(first), input_ids.shape[1], input_ids[:, :0]
+        self.first, self.mask = first.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0)
+        self.last = positions[..., -1:].repeat_interleave(times, -2)
+        self.cache.batch_repeat_interleave(times)
+        self.inputs = {}
+
+    def _follow(self, decoded: Tensor) -> None:
+        """Put the cache's rows in the order of ``decoded`` ``[R, m]`` and forget what is not in it."""
+        if len(decoded) != len(self.read):
+            raise RuntimeError(f"the host decodes {len(decoded)} rows, its second stream began with {len(self.read)}")
+        # At least one token must be left to run, for its logits.
+        known, width = self.read.shape[1], max(0, min(self.read.shape[1], decoded.shape[1] - 1))
+        if width == known and torch.equal(self.read, decoded[:, :width]):
+            return
+        size = (self.samples, len(decoded) // self.samples, width)
+        mine, wanted = (tokens[:, :width].reshape(size) for tokens in (self.read, decoded))
+        common = (wanted[:, :, None] == mine[:, None]).cumprod(-1).sum(-1)  # [samples, row, row that it goes on from]
+        length, source = common.max(-1)
+        rows = source + torch.arange(self.samples, device=source.device)[:, None] * size[1]
+        self.cache.reorder_cache(rows.flatten())
+        keep = int(length.min())
+        if known > keep:
+            host.rewind(self.cache, known - keep)
+        self.read = decoded[:, :keep]
+
+    def _forward(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        """Logits of the last row ``[R, V]`` after running ``inputs`` behind the cache."""
+        given: dict[str, Any] = {**inputs, "position_ids": positions, "use_cache": True, host.CACHE: self.cache}
+        if "logits_to_keep" in signature(type(self.model).forward).parameters:
+            given["logits_to_keep"] = 1
+        with self.engine.aside(), torch.no_grad():
+            return self.model(**given).logits[:, -1].float()
+
+
+@contextmanager
+def encoded_once(model: Any) -> Iterator[None]:
+    """For the length of a ``with`` block, the vision tower is not run again on the pictures it was last given."""
+    owner = next((m for m in reversed(list(model.modules())) if hasattr(type(m), "get_image_features")), None)
+    if owner is None:
+        yield
+        return
+    stock = owner.get_image_features
+    names = signature(stock)
+    last: list[tuple[dict[str, Tensor], Any]] = []
+
+    @wraps(stock)  # the host looks at its parameters
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        given = {name: v for name, v in names.bind(*args, **kwargs).arguments.items() if isinstance(v, Tensor)}
+        if not (last and given.keys() == last[0][0].keys() and all(map(_equal, given.values(), last[0][0].values()))):
+            last[:] = [(given, stock(*args, **kwargs))]
+        return copy(last[0][1])  # beams repeat what is in it, in place
+
+    owner.get_image_features = remembered
+    try:
+        yield
+    finally:
+        del owner.get_image_features
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
+
+
+# Inputs of a second stream
+
+
+def without_image(run: Run) -> dict[str, Tensor]:
+    """The prompt without its images: their tokens and markers taken out of every row, padded on the left again."""
+    ids = run.inputs["input_ids"]
+    marker = torch.isin(ids, torch.tensor(image_marker_ids(run.engine.model_config), device=ids.device))
+    stays = ~(run.call.prompt.visual.to(ids.device) | marker) & (run.inputs["attention_mask"] != 0)
+    width = int(stays.sum(1).max())
+    order = stays.int().argsort(dim=1, stable=True)[:, -width:]  # what stays, in order, at the right end
+    aligned = {name: value for name, value in run.inputs.items() if value.shape == ids.shape}
+    taken = {name: value.gather(1, order) for name, value in aligned.items()}
+    return {**taken, "attention_mask": stays.gather(1, order).to(run.inputs["attention_mask"].dtype)}
+
+
+def with_tokens(run: Run, tokens: Tensor, at: list[int]) -> dict[str, Tensor]:
+    """The prompt with ``tokens`` ``[n]`` put in before column ``at`` of every row."""
+    ids = run.inputs["input_ids"]
+
+    def put(value: Tensor, new: Tensor) -> Tensor:
+        new = new.to(value)
+        return torch.stack(
+            [torch.cat([row[:column], new, row[column:]]) for row, column in zip(value, at, strict=True)]
+        )
+
+    filled = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return {
+        name: put(value, filled.get(name, torch.zeros_like(tokens))) if value.shape == ids.shape else value
+        for name, value in run.inputs.items()
+    }
+
+
+def with_pixels(run: Run, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The prompt with every picture changed.
+
+    Args:
+        run: the run.
+        change: from the pixels of one picture, ``[1, ...]`` or Qwen-VL's ``[patches, values]``, to the same shape.
+
+    Raises:
+        ValueError: the inputs hold no pixels.
+    """
+    inputs = run.inputs
+    names = [name for name in PIXELS if name in inputs]
+    if not names:
+        raise ValueError("the pictures are changed for the second stream: pass pixel_values to generate()")
+    for name in names:
+        grid = inputs.get(PIXELS[name])
+        sizes: Any = grid.prod(-1).tolist() if grid is not None else 1
+        inputs[name] = torch.cat([change(part) for part in inputs[name].split(sizes)])
+    return inputs
