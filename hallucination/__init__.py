@@ -1,9 +1,25 @@
 """Methods that re-weight attention or contrast logits, one file each."""
 
 from vlm_attn.hallucination.gift import Gift
+from vlm_attn.hallucination.head_guided import HeadGuided
 from vlm_attn.hallucination.icd import Icd
 from vlm_attn.hallucination.masks import Bidirectional, Croc, Mma, PrefixLm, VisionBlock
+from vlm_attn.hallucination.pai import Pai
+from vlm_attn.hallucination.vaf import Vaf
 from vlm_attn.hallucination.var import Var
 from vlm_attn.hallucination.vcd import Vcd
 
-__all__ = ["Bidirectional", "Croc", "Gift", "Icd", "Mma", "PrefixLm", "Var", "Vcd", "VisionBlock"]
+__all__ = [
+    "Bidirectional",
+    "Croc",
+    "Gift",
+    "HeadGuided",
+    "Icd",
+    "Mma",
+    "Pai",
+    "PrefixLm",
+    "Vaf",
+    "Var",
+    "Vcd",
+    "VisionBlock",
+]

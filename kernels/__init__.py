@@ -18,7 +18,7 @@ if __name__ == "kernels":
 else:
     from vlm_attn.kernels import masks
     from vlm_attn.kernels.dispatch import combine, edited_attention, prefer, segmented_attention
-    from vlm_attn.kernels.edited import Edit, Policy, attention_rows, one_hot_segments
+    from vlm_attn.kernels.edited import Edit, Policy, ScoreEdit, attention_rows, one_hot_segments
     from vlm_attn.kernels.groups import Group
     from vlm_attn.kernels.prefill import Score, masked_attention
     from vlm_attn.kernels.probe import Probe, probe
@@ -29,6 +29,7 @@ else:
         "Policy",
         "Probe",
         "Score",
+        "ScoreEdit",
         "attention_rows",
         "combine",
         "edited_attention",

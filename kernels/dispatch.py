@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlm_attn.kernels import edited, reference
-from vlm_attn.kernels.edited import Edit
+from vlm_attn.kernels.edited import Edit, ScoreEdit
 
 MOST_SEGMENTS = 5  # accumulators a program can hold: four groups and a weighted twin
 MOST_ROWS = 256  # of the segmented kernel: its rows are filled up to 16 and K and V are read once per such tile
@@ -139,6 +139,8 @@ def triton_refuses(facts: Facts) -> str | None:
 
 
 def _segmented_refuses(facts: Facts) -> str | None:
+    if facts.score:
+        return "a score edit is asked for, which this kernel does not have"
     if facts.edits != 1:
         return f"{facts.edits} edits in one layer, allowed is 1"
     if facts.segments > MOST_SEGMENTS:
@@ -153,6 +155,10 @@ def _sdpa_refuses(facts: Facts) -> str | None:
         if getattr(facts, name):
             return f"{name} is asked for, which scaled_dot_product_attention does not have"
     return None
+
+
+def _biased_refuses(facts: Facts) -> str | None:
+    return _sdpa_refuses(facts._replace(score=False))  # a changed logit is a bias
 
 
 def _fits(facts: Facts) -> None:
@@ -211,12 +217,13 @@ def edited_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    edits: Sequence[Edit],
+    edits: Sequence[Edit | ScoreEdit],
     *,
     mask: Tensor | None = None,
     scale: float,
     softcap: float | None = None,
     offset: int | Tensor = 0,
+    row: int | Tensor = 0,
     head_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -226,11 +233,13 @@ def edited_attention(
         query: ``[B, H, Q, D]``; meant for Q up to about 64.
         key: ``[B, G, S, D]``, H a multiple of G.
         value: ``[B, G, S, D]``.
-        edits: the edits of this layer. Every policy sees the masses before any edit; weights multiply.
+        edits: the edits of this layer. Score edits change the raw logits, one after the other, before the mask; every policy
+            sees the masses after them and before any edit; weights multiply.
         mask: ``[B or 1, H or 1, Q, >= S]``, bool (True = visible) or additive.
         scale: factor on the dot products.
         softcap: ``cap * tanh(logits / cap)`` before the mask, if given.
         offset: column of the first key (sliding-window caches drop the oldest keys).
+        row: column of the first row, where a score edit asks for it (``from_row``).
         head_scale: ``[H]`` float32, a factor on the output of every head.
         backend: ``triton``, ``grouped``, ``sdpa`` or ``reference``; None = the first that fits.
 
@@ -241,6 +250,8 @@ def edited_attention(
         ValueError: tensors that do not fit each other, or no backend of that name.
         RuntimeError: the backend asked for cannot run this call.
     """
+    scores = [edit for edit in edits if isinstance(edit, ScoreEdit)]
+    weighed = [edit for edit in edits if isinstance(edit, Edit)]
     facts = Facts(
         query.device.type,
         query.dtype,
@@ -248,11 +259,24 @@ def edited_attention(
         query.shape[-2],
         torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         softcap is not None,
-        len(edits),
-        edits[0].segments.shape[2] if edits else 0,
+        len(weighed),
+        weighed[0].segments.shape[2] if weighed else 0,
+        score=bool(scores),
     )
     run = choose("edited_attention", facts, backend).run
-    return run(query, key, value, edits, mask=mask, scale=scale, softcap=softcap, offset=offset, head_scale=head_scale)
+    where = {"offset": offset, "row": row}
+    return run(
+        query,
+        key,
+        value,
+        weighed,
+        scores=scores,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        head_scale=head_scale,
+        **where,
+    )
 
 
 @register("edited_attention", "triton", _segmented_refuses)
@@ -262,10 +286,12 @@ def _edited_triton(
     value: Tensor,
     edits: Sequence[Edit],
     *,
+    scores: Sequence[ScoreEdit],
     mask: Tensor | None,
     scale: float,
     softcap: float | None,
     offset: int | Tensor,
+    row: int | Tensor,
     head_scale: Tensor | None,
 ) -> Tensor:
     check_qkv(query, key, value, mask)
@@ -282,7 +308,7 @@ def _edited_triton(
 
 
 register("edited_attention", "grouped", _fits)(edited.edited_attention)
-register("edited_attention", "sdpa", _sdpa_refuses)(edited.edited_sdpa)
+register("edited_attention", "sdpa", _biased_refuses)(edited.edited_sdpa)
 register("edited_attention", "reference", _fits)(reference.edited_attention)
 
 

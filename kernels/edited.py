@@ -9,13 +9,17 @@ With ``M[b, s, n]`` the membership of key ``s`` in segment ``n`` and ``p`` the p
 which is ``softmax(logits + bias)`` with a bias, ``log w``, that is constant on every segment. A column of M may hold
 ``exp(weight)`` instead of 1 on the keys of a segment: the weighted twin, through which a saliency map enters.
 
+A :class:`ScoreEdit` comes before all of that: it changes the raw logits, by their own size, before the mask and the bias.
+
 This is the PyTorch path, the one a CPU uses; ``reference.py`` states the same through log-sum-exps, ``dispatch.py``
 chooses between this and the others.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -24,40 +28,93 @@ Policy = Callable[[Tensor], Tensor]
 SMALLEST_TOTAL = 1e-25  # keeps a row without any visible key at zero
 
 
-class Edit:
-    """One method's edit of one layer: a partition of the keys and the policy that weighs its segments.
+class Columns:
+    """Numbers ``[B, P, N]`` per column of the prompt; columns beyond it hold ``rest`` in place 0 and zeros elsewhere."""
 
-    Args:
-        segments: ``[B, P, N]`` float32, membership of the prompt's columns. Column 0 is "everything else".
-        policy: maps masses ``[B, H, Q, N]`` (float32) to weights >= 0 of that shape; 1 changes nothing, 0 removes a segment.
-        conserves: the policy keeps every row's total, so that nothing is left to renormalise.
-    """
+    rest: ClassVar[float] = 1.0
 
-    def __init__(self, segments: Tensor, policy: Policy, *, conserves: bool = False) -> None:
+    def __init__(self, segments: Tensor) -> None:
         self.segments = segments
-        self.policy = policy
-        self.conserves = conserves
 
     def over(self, length: int, offset: int | Tensor = 0) -> Tensor:
-        """Membership ``[B, length, N]`` of the keys at columns ``offset .. offset + length - 1``.
+        """The numbers ``[B, length, N]`` of the keys at columns ``offset .. offset + length - 1``.
 
-        Columns beyond the prompt belong to segment 0. The buffer grows in steps, so that a decode loop seldom pays
-        for it.
+        The buffer grows in steps, so that a decode loop seldom pays for it.
         """
         if isinstance(offset, Tensor):
             columns = torch.arange(length, device=self.segments.device) + offset
             last = self.segments.shape[1] - 1
             inside = (columns <= last)[None, :, None]
             rest = torch.zeros_like(self.segments[:, :1])
-            rest[..., 0] = 1.0
+            rest[..., 0] = self.rest
             return torch.where(inside, self.segments[:, columns.clamp(max=last)], rest)
         missing = offset + length - self.segments.shape[1]
         if missing > 0:
             size = self.segments.shape
             more = self.segments.new_zeros(size[0], max(missing, 64), size[2])
-            more[..., 0] = 1.0
+            more[..., 0] = self.rest
             self.segments = torch.cat([self.segments, more], dim=1)
         return self.segments.narrow(1, offset, length)
+
+    def picked(self, columns: Tensor) -> Self:
+        """The same for the columns ``[B, n]`` that are there."""
+        new = copy.copy(self)
+        index = columns[..., None].expand(-1, -1, self.segments.shape[2])
+        new.segments = self.segments.gather(1, index)
+        return new
+
+
+class Edit(Columns):
+    """One method's edit of one layer: a partition of the keys and the policy that weighs its segments.
+
+    Args:
+        segments: ``[B, P, N]`` float32, membership of the prompt's columns. Column 0 is "everything else", to which all
+            columns beyond the prompt belong.
+        policy: maps masses ``[B, H, Q, N]`` (float32) to weights >= 0 of that shape; 1 changes nothing, 0 removes a segment.
+        conserves: the policy keeps every row's total, so that nothing is left to renormalise.
+    """
+
+    def __init__(self, segments: Tensor, policy: Policy, *, conserves: bool = False) -> None:
+        super().__init__(segments)
+        self.policy = policy
+        self.conserves = conserves
+
+
+class ScoreEdit(Columns):
+    """One method's change of the raw logits of one layer: ``s + w |s|``, ``s + w mean_h |s|`` or ``s + w s``.
+
+    It comes after the softcap and before the mask and every bias, so the masses an :class:`Edit` sees are those after it.
+
+    Args:
+        weight: ``[B, P]`` float32, w of the prompt's columns; 0 changes nothing and holds beyond the prompt.
+        of: ``"magnitude"`` (PAI, PAINT), ``"head_mean"``, the magnitude's mean over the heads (head-guided), or ``"logit"``
+            (VAF).
+        from_row: column of the first row that is changed; None = every row.
+    """
+
+    rest = 0.0
+
+    def __init__(
+        self,
+        weight: Tensor,
+        of: Literal["magnitude", "head_mean", "logit"] = "magnitude",
+        *,
+        from_row: int | None = None,
+    ) -> None:
+        super().__init__(weight[..., None])
+        self.of = of
+        self.from_row = from_row
+
+    def __call__(self, logits: Tensor, offset: int | Tensor = 0, row: int | Tensor = 0) -> Tensor:
+        """Changed logits ``[B, H, Q, S]``; key 0 stands at column ``offset``, row 0 at column ``row``."""
+        weight = self.over(logits.shape[3], offset)[:, None, None, :, 0].to(logits.dtype)
+        if self.from_row is not None:
+            rows = torch.arange(logits.shape[2], device=logits.device) + row
+            weight = weight * (rows >= self.from_row)[:, None]
+        size = logits if self.of == "logit" else logits.abs()
+        if self.of == "head_mean":
+            size = size.mean(1, keepdim=True)
+        return torch.addcmul(logits, weight, size)
 
 
 def one_hot_segments(ids: Tensor, count: int, twin_of: int | None = None, log_weight: Tensor | None = None) -> Tensor:
@@ -95,17 +152,24 @@ def attention_rows(
     Returns:
         ``[B, H, Q, S]`` float32. A row without any visible key is all zeros.
     """
+    return _softmax(_logits(query, key, scale=scale, softcap=softcap), mask)
+
+
+def _logits(query: Tensor, key: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+    """Raw logits ``[B, H, Q, S]`` float32."""
     batch, heads, rows, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     grouped = query.reshape(batch * kv_heads, (heads // kv_heads) * rows, dim)
     transposed = key.flatten(0, 1).transpose(1, 2)
     logits = torch.baddbmm(query.new_empty(()), grouped, transposed, beta=0, alpha=scale)  # beta 0: input is not read
     logits = logits.float().view(batch, heads, rows, length)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.softmax(logits, dim=-1)
-    mask = mask[..., :length]
+    mask = mask[..., : logits.shape[3]]
     if mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, float("-inf"))
     else:
@@ -120,10 +184,12 @@ def edited_attention(
     value: Tensor,
     edits: Sequence[Edit],
     *,
+    scores: Sequence[ScoreEdit] = (),
     mask: Tensor | None = None,
     scale: float,
     softcap: float | None = None,
     offset: int | Tensor = 0,
+    row: int | Tensor = 0,
     head_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of a few rows under a list of edits. Every policy sees the masses before any edit; weights multiply.
@@ -133,10 +199,12 @@ def edited_attention(
         key: ``[B, G, S, D]``, H a multiple of G.
         value: ``[B, G, S, D]``.
         edits: the edits of this layer.
+        scores: its changes of the raw logits, one after the other, before the mask.
         mask: see :func:`attention_rows`.
         scale: factor on the dot products.
         softcap: see :func:`attention_rows`.
         offset: column of the first key (sliding-window caches drop the oldest keys).
+        row: column of the first row, where a score edit asks for it.
         head_scale: ``[H]``, a factor on the output of every head.
 
     Returns:
@@ -146,7 +214,10 @@ def edited_attention(
     kv_heads, length, dim = value.shape[1:]
     if heads % kv_heads:
         raise ValueError(f"query has {heads} heads, which is no multiple of the {kv_heads} heads of key and value")
-    plain = attention_rows(query, key, mask=mask, scale=scale, softcap=softcap)
+    logits = _logits(query, key, scale=scale, softcap=softcap)
+    for score in scores:
+        logits = score(logits, offset, row)
+    plain = _softmax(logits, mask)
     flat = plain.view(batch, heads * rows, length)
     probability = flat
     for edit in edits:
@@ -169,17 +240,22 @@ def edited_sdpa(
     value: Tensor,
     edits: Sequence[Edit],
     *,
+    scores: Sequence[ScoreEdit] = (),
     mask: Tensor | None = None,
     scale: float,
     softcap: float | None = None,
     offset: int | Tensor = 0,
+    row: int | Tensor = 0,
     head_scale: Tensor | None = None,
 ) -> Tensor:
     """The same through the host's fused attention: masses first, then one call with their bias. No softcap."""
     assert softcap is None
-    plain = attention_rows(query, key, mask=mask, scale=scale)
+    raw = logits = _logits(query, key, scale=scale, softcap=None)
+    for score in scores:
+        logits = score(logits, offset, row)
+    plain = _softmax(logits, mask)
     length = key.shape[2]
-    bias = torch.zeros_like(plain)
+    bias = logits - raw
     for edit in edits:
         segments = edit.over(length, offset)[:, None]
         bias = bias + torch.log(edit.policy(plain @ segments) @ segments.transpose(2, 3))

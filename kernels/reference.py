@@ -13,16 +13,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlm_attn.kernels.edited import Edit
+from vlm_attn.kernels.edited import Edit, ScoreEdit
 
 
 def masked_logits(
-    query: Tensor, key: Tensor, *, mask: Tensor | None = None, scale: float, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    *,
+    scores: Sequence[ScoreEdit] = (),
+    mask: Tensor | None = None,
+    scale: float,
+    softcap: float | None = None,
+    offset: int | Tensor = 0,
+    row: int | Tensor = 0,
 ) -> Tensor:
-    """Logits ``[B, H, Q, S]``, ``-inf`` where hidden; arguments as in :func:`segmented_attention`."""
+    """Logits ``[B, H, Q, S]``, ``-inf`` where hidden; arguments as in ``edited.edited_attention``."""
     logits = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    for score in scores:
+        logits = score(logits, offset, row)
     if mask is None:
         return logits
     mask = mask[..., : key.shape[2]]
@@ -86,14 +96,16 @@ def edited_attention(
     value: Tensor,
     edits: Sequence[Edit],
     *,
+    scores: Sequence[ScoreEdit] = (),
     mask: Tensor | None = None,
     scale: float,
     softcap: float | None = None,
     offset: int | Tensor = 0,
+    row: int | Tensor = 0,
     head_scale: Tensor | None = None,
 ) -> Tensor:
     """Edited attention as the equations have it, with one bias per key; see ``edited.edited_attention``."""
-    logits = masked_logits(query, key, mask=mask, scale=scale, softcap=softcap)
+    logits = masked_logits(query, key, scores=scores, mask=mask, scale=scale, softcap=softcap, offset=offset, row=row)
     plain = torch.softmax(logits, -1).nan_to_num(0.0)
     bias = torch.zeros_like(logits)
     for edit in edits:

@@ -93,7 +93,7 @@ def vlm_attention(
         offset = _offset(module, call, key)
 
         def attend(value: Tensor) -> Tensor:
-            return edited_attention(query, key, value, edits, mask=mask, offset=offset, **shared)
+            return edited_attention(query, key, value, edits, mask=mask, offset=offset, row=call.past, **shared)
 
         if tag.engine.watch is not None:
             tag.engine.watch(tag.layer, attend, value, offset)

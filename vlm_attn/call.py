@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from vlm_attn.kernels import Edit
+from vlm_attn.kernels import Edit, ScoreEdit
 from vlm_attn.layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from vlm_attn.reduction import Reducer, Reduction
 
 Mode = Literal["prompt", "edited", "other"]
+T = TypeVar("T")
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Call:
     first: int = 0
     earlier: Call | None = None
     batch: int = 0
-    edits: dict[int, list[Edit]] = field(default_factory=dict)
+    edits: dict[int, list[Edit | ScoreEdit]] = field(default_factory=dict)
     reduction: Reduction | None = None
     ahead: Reducer | None = None
     canvas: bool = False
@@ -80,6 +82,13 @@ class Call:
     def memory(self, method: Method) -> dict[Any, Any]:
         """Where a method keeps its results for the length of the call."""
         return self._memory.setdefault(method.name, {})
+
+    def once(self, method: Method, build: Callable[[], T]) -> T:
+        """What ``build`` makes, made once for the rows that run now: an edit that is the same in every layer."""
+        memory, key = self.memory(method), ("once", self.batch)
+        if key not in memory:
+            memory[key] = build()
+        return memory[key]
 
     def finish(self) -> None:
         """The prompt has run: let go of what only reading it needed. A cache keeps the call for as long as it lives."""

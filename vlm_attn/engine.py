@@ -24,7 +24,7 @@ from vlm_attn.branch import Decoding, Run
 from vlm_attn.call import Call
 from vlm_attn.chat import ChatTemplate, find_question
 from vlm_attn.families import family_of, image_token_ids, split_images
-from vlm_attn.kernels import Edit, Group
+from vlm_attn.kernels import Edit, Group, ScoreEdit
 from vlm_attn.kernels.masks import Mask, materialise
 from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
 from vlm_attn.method import Method
@@ -110,7 +110,7 @@ class Engine:
         """Whether visual tokens are taken away."""
         return any(isinstance(m, reduction.Reducer) for m in self.active)
 
-    def edits(self, call: Call, layer: int) -> list[Edit]:
+    def edits(self, call: Call, layer: int) -> list[Edit | ScoreEdit]:
         """Edits of a layer for the rows that run now, in the methods' order. They stay the same once the prompt has run."""
         if layer in call.edits:
             return call.edits[layer]

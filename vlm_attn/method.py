@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
-from vlm_attn.kernels import Edit
+from vlm_attn.kernels import Edit, ScoreEdit
 from vlm_attn.kernels.masks import Mask
 
 if TYPE_CHECKING:
@@ -104,9 +104,12 @@ class Method:
                 :meth:`read_rows` to the prompt's columns.
         """
 
-    def edit(self, call: Call, layer: int) -> Edit | None:
+    def edit(self, call: Call, layer: int) -> Edit | ScoreEdit | None:
         """The edit of a layer, or None where the method leaves it alone."""
         raise NotImplementedError
+
+
+M = TypeVar("M", bound=Method)
 
 
 def check_layers(method: Method, field: str, layers: Sequence[int], facts: ModelFacts) -> None:
@@ -123,6 +126,21 @@ def check_layers(method: Method, field: str, layers: Sequence[int], facts: Model
         )
 
 
+def at_depth(method: M, facts: ModelFacts, start: int, stop: int, of: int = 32) -> M:
+    """Check a method's ``layers``; empty ones become layers ``start .. stop - 1`` of a model with ``of`` layers, at the same
+    depth of this one, at least one.
+
+    Raises:
+        ValueError: see :func:`check_layers`.
+    """
+    layers: tuple[int, ...] = getattr(method, "layers")  # noqa: B009
+    check_layers(method, "layers", layers, facts)
+    if layers:
+        return method
+    first = min(round(start * facts.layers / of), facts.layers - 1)
+    return replace(method, layers=tuple(range(first, max(first + 1, round(stop * facts.layers / of)))))  # type: ignore[call-arg]
+
+
 def check_range(method: Method, field: str, low: float, high: float, *, open_low: bool = False) -> None:
     """Refuse a number outside ``[low, high]`` (``(low, high]`` with ``open_low``).
 
@@ -137,8 +155,13 @@ def check_range(method: Method, field: str, low: float, high: float, *, open_low
         raise ValueError(f"{method.name}: {field}={value!r} is outside {'(' if open_low else '['}{low:g}, {high:g}]")
 
 
-def layer_tuple(method: Method, field: str) -> None:
+def layer_tuple(method: Method, field: str, *, empty: bool = False) -> None:
     """Turn a field given as an int or a sequence of ints into a tuple, in place of what was passed.
+
+    Args:
+        method: the method.
+        field: its field; None stays.
+        empty: whether no integer at all is allowed.
 
     Raises:
         TypeError: anything else.
@@ -152,9 +175,9 @@ def layer_tuple(method: Method, field: str) -> None:
         numbers = tuple(value)
     except TypeError:
         numbers = ("?",)
-    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+    if not (numbers or empty) or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
         raise TypeError(f"{method.name}: {field} must be one or more integers such as (12, 13), got {value!r}")
     object.__setattr__(method, field, numbers)
 
 
-__all__ = ["Edit", "Method", "ModelFacts", "check_layers", "check_range", "layer_tuple"]
+__all__ = ["Edit", "Method", "ModelFacts", "ScoreEdit", "at_depth", "check_layers", "check_range", "layer_tuple"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn import host
-from vlm_attn.kernels import Edit
+from vlm_attn.kernels import Edit, ScoreEdit
 from vlm_attn.layout import ImageSpan
 from vlm_attn.method import Method, ModelFacts
 
@@ -303,16 +303,12 @@ class Reduction:
             for n, i in enumerate(images)
         )
 
-    def edits(self, layer: int, edits: list[Edit]) -> list[Edit]:
+    def edits(self, layer: int, edits: list[Edit | ScoreEdit]) -> list[Edit | ScoreEdit]:
         """Edits of a layer over the keys that are there."""
         kept = self.layers.get(layer)
         if kept is None or kept.columns is None:
             return edits
-        index = kept.columns[..., None]
-        return [
-            Edit(e.segments.gather(1, index.expand(-1, -1, e.segments.shape[2])), e.policy, conserves=e.conserves)
-            for e in edits
-        ]
+        return [edit.picked(kept.columns) for edit in edits]
 
     def find_rows(self, columns: Tensor, first: int, length: int) -> tuple[Tensor, Tensor]:
         """Where prompt columns ``[B, R]`` stand among the rows that run now: ``(rows, valid)``."""

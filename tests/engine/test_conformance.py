@@ -1,4 +1,4 @@
-"""What both methods must do on every family: nothing when neutral, something when active, the same in every way of decoding."""
+"""What every method must do on every family: nothing when neutral, something when active, the same in every way of decoding."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from vlm_attn import host
 from vlm_attn.attention import edited_attention, vlm_attention
 from vlm_attn.engine import CACHE_NOTE
 from vlm_attn.patching import engine_of
+from vlm_attn.registry import method_class
 
 SEED = 1  # chosen so that no choice is near its edge and no image token is generated
 IMAGES = (1, 2, 3)
@@ -114,7 +115,7 @@ class TestConformance:
             differ(now[row, -1], plain[row, -1])
             differ(run[1][0, row], plain_run[1][0, row])
         close(run[1][0], now[:, -1])
-        if method == "gift":
+        if method_class(method).edited_rows == "last":
             kept = x["attention_mask"].bool().clone()
             kept[:, -1] = False
             close(now[kept], plain[kept])

@@ -23,7 +23,7 @@ from transformers import (
 import vlm_attn
 from tests import tiny
 from tests.engine.test_patching import state
-from tests.helpers import ACTIVE, Inputs, differ, generate, logits, on
+from tests.helpers import ACTIVE, NEUTRAL, Inputs, differ, generate, logits, on
 from tests.processors import processor
 from vlm_attn import host
 from vlm_attn.hallucination import Gift, Var
@@ -523,8 +523,7 @@ class TestModels:
         model.set_attn_implementation("eager")
         x = inputs([[3, "image", 9]])
         plain = generate(model, x)
-        neutral = {"gift": {"alpha": 0.0}, "var": {"p": 0.0}}[method]
-        with on(model, method, **neutral):
+        with vlm_attn.patched(model, method, **NEUTRAL[method]):
             engine_of(model).force = True
             forced = generate(model, x)
         assert (forced[1] - plain[1]).abs().max() < 1e-5 * plain[1].abs().max()

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlm_attn.kernels import Edit, attention_rows, combine, edited_attention, one_hot_segments, segmented_attention
+from vlm_attn.kernels import (
+    Edit,
+    ScoreEdit,
+    attention_rows,
+    combine,
+    edited_attention,
+    one_hot_segments,
+    segmented_attention,
+)
 
 
 def close(got: Tensor, wanted: Tensor, tolerance: float = 2e-6) -> None:
@@ -160,6 +168,37 @@ def test_two_edits_multiply_and_both_see_the_plain_masses() -> None:
     close(got, scaled_dot_product_attention(query, key, value, attn_mask=bias[:, None, None], scale=0.5))
     plain = attention_rows(query, key, scale=0.5)
     close(seen[1], plain @ one_hot_segments(second, 2)[:, None])
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("of", ["magnitude", "head_mean", "logit"])
+@pytest.mark.parametrize("backend", ["grouped", "sdpa", "reference"])
+def test_score_edits(backend: str, of: str, edited: bool) -> None:
+    """After the softcap, before mask and bias, one after the other; on every backend what the equations say."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 3, 8) * 3, torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    softcap = None if backend == "sdpa" else 5.0
+    mask = torch.rand(2, 1, 3, 9) > 0.3
+    weight, other = torch.randn(2, 7), torch.rand(2, 7)
+    logits = query.double() @ key.double().repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    for w, how in ((weight, of), (other, "magnitude")):
+        w = torch.nn.functional.pad(w, (0, 2)).double()[:, None, None]
+        size = logits if how == "logit" else logits.abs()
+        logits = logits + w * (size.mean(1, keepdim=True) if how == "head_mean" else size)
+    logits = logits.masked_fill(~mask, -math.inf)
+    edits: list = [ScoreEdit(weight, of), ScoreEdit(other)]
+    if edited:
+        ids = torch.randint(2, (2, 9))
+        edits.insert(
+            1, Edit(one_hot_segments(ids, 2), lambda mass: torch.stack([1 + mass[..., 1], 2 - mass[..., 1]], -1))
+        )
+        inside = (logits.softmax(-1) * ids[:, None, None]).sum(-1, keepdim=True)
+        logits = logits + torch.where(ids[:, None, None] == 1, 2 - inside, 1 + inside).log()
+    wanted = logits.softmax(-1) @ value.double().repeat_interleave(2, 1)
+    got = edited_attention(query, key, value, edits, mask=mask, scale=0.3, softcap=softcap, backend=backend)
+    close(got, wanted, 1e-5)
 
 
 def test_softcap() -> None:
