@@ -1,5 +1,6 @@
 """Methods that re-weight attention or contrast logits, one file each."""
 
+from vlm_attn.hallucination.dola import Dola
 from vlm_attn.hallucination.gift import Gift
 from vlm_attn.hallucination.head_guided import HeadGuided
 from vlm_attn.hallucination.icd import Icd
@@ -12,6 +13,7 @@ from vlm_attn.hallucination.vcd import Vcd
 __all__ = [
     "Bidirectional",
     "Croc",
+    "Dola",
     "Gift",
     "HeadGuided",
     "Icd",

@@ -15,6 +15,7 @@ METHODS = {
     "bidirectional": "vlm_attn.hallucination.masks:Bidirectional",
     "croc": "vlm_attn.hallucination.masks:Croc",
     "divprune": "vlm_attn.visual_token_ops.divprune:DivPrune",
+    "dola": "vlm_attn.hallucination.dola:Dola",
     "downsample": "vlm_attn.visual_token_ops.downsample:Downsample",
     "fastv": "vlm_attn.visual_token_ops.fastv:FastV",
     "gift": "vlm_attn.hallucination.gift:Gift",
