@@ -1,7 +1,9 @@
 """Methods that re-weight attention or contrast logits, one file each."""
 
+from vlm_attn.hallucination.agla import Agla
 from vlm_attn.hallucination.dola import Dola
 from vlm_attn.hallucination.gift import Gift
+from vlm_attn.hallucination.guidance import Guidance
 from vlm_attn.hallucination.head_guided import HeadGuided
 from vlm_attn.hallucination.icd import Icd
 from vlm_attn.hallucination.masks import Bidirectional, Croc, Mma, PrefixLm, VisionBlock
@@ -11,10 +13,12 @@ from vlm_attn.hallucination.var import Var
 from vlm_attn.hallucination.vcd import Vcd
 
 __all__ = [
+    "Agla",
     "Bidirectional",
     "Croc",
     "Dola",
     "Gift",
+    "Guidance",
     "HeadGuided",
     "Icd",
     "Mma",

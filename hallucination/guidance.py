@@ -1,8 +1,9 @@
-"""Guidance of PAI (arXiv 2407.21771, ECCV 2024): classifier-free guidance against the prompt without its picture."""
+"""The guidance of PAI (arXiv 2407.21771, ECCV 2024): classifier-free guidance against the prompt without its picture."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,14 +13,19 @@ from vlm_attn.method import check_range
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance(Branch):
-    """Base of methods that contrast with what the model says without the picture.
+    """Contrast with what the model says without the picture: ``gamma (log p - log p') + log p'``.
+
+    The second half of PAI; ``["pai", "guidance"]`` is the whole of it.
 
     Attributes:
-        gamma: ``gamma (log p - log p') + log p'``; 1 = no guidance. Range [1, 20].
+        gamma: strength; 1 = no guidance. The released README's 1.1; its caption evaluation uses 2. Range 1..20.
         beta: a token must be at least this share of the likeliest one's probability. Range 0..1; 0 = no cut.
 
     Cost: a second prompt, without the image's tokens, and a second forward for every token.
     """
+
+    name: ClassVar[str] = "guidance"
+    paper: ClassVar[str] = "PAI, arXiv 2407.21771"
 
     gamma: float = 1.1
     beta: float = 0.1

@@ -45,7 +45,7 @@ class Vcd(Contrastive):
 
     def second(self, run: Run) -> dict[str, Tensor]:
         """The same prompt with noisy pictures."""
-        return with_pixels(run, self.noisy)
+        return with_pixels(run, lambda pixels, number: self.noisy(pixels))
 
     def noisy(self, pixels: Tensor) -> Tensor:
         """``x' = sqrt(abar_t) x + sqrt(1 - abar_t) eps`` (equation 2), of one picture."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -109,9 +109,11 @@ class Branch(Decoding):
 
     Class attributes:
         same_image: both streams see the same pictures, so they are encoded once.
+        after_prompt: :meth:`second` needs what was read while the prompt ran, and is called after it.
     """
 
     same_image: ClassVar[bool] = False
+    after_prompt: ClassVar[bool] = False
 
     def second(self, run: Run) -> dict[str, Tensor]:
         """Inputs of the second stream: ``input_ids`` and ``attention_mask`` ``[B, P2]``, padded on the left, and its pictures.
@@ -129,9 +131,11 @@ class Branch(Decoding):
     def decoding(self, run: Run) -> Iterator[dict[str, Any]]:
         """Add the contrast to the logits processors."""
         self.refuse(run)
-        stream = Stream(run.engine, run.model, self.second(run))
+        stream = cache(lambda: Stream(run.engine, run.model, self.second(run)))
+        if not self.after_prompt:
+            stream()
         with encoded_once(run.model) if self.same_image else nullcontext():
-            yield with_processor(run, Contrast(lambda ids, scores: self.combine(scores, stream.logits(ids))))
+            yield with_processor(run, Contrast(lambda ids, scores: self.combine(scores, stream().logits(ids))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,12 +332,12 @@ def with_tokens(run: Run, tokens: Tensor, at: list[int]) -> dict[str, Tensor]:
     }
 
 
-def with_pixels(run: Run, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def with_pixels(run: Run, change: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
     """The prompt with every picture changed.
 
     Args:
         run: the run.
-        change: from the pixels of one picture, ``[1, ...]`` or Qwen-VL's ``[patches, values]``, to the same shape.
+        change: from the pixels of one picture, ``[1, ...]`` or Qwen-VL's ``[patches, values]``, and its number to new ones.
 
     Raises:
         ValueError: the inputs hold no pixels.
@@ -345,5 +349,5 @@ def with_pixels(run: Run, change: Callable[[Tensor], Tensor]) -> dict[str, Tenso
     for name in names:
         grid = inputs.get(PIXELS[name])
         sizes: Any = grid.prod(-1).tolist() if grid is not None else 1
-        inputs[name] = torch.cat([change(part) for part in inputs[name].split(sizes)])
+        inputs[name] = torch.cat([change(part, number) for number, part in enumerate(inputs[name].split(sizes))])
     return inputs

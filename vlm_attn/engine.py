@@ -58,7 +58,6 @@ class Engine:
         self.base = "sdpa"  # implementation the model had
         self.told = False  # whether a warning that is given once has been given
         self.kept: tuple[reduction.KeptImage, ...] = ()  # of the last prompt
-        self.plain = False  # whether a second stream is running, which nothing edits
         self.force = False  # run neutral methods through the edit path too
         self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends
         self.call: Call | None = None
@@ -85,8 +84,6 @@ class Engine:
     @property
     def active(self) -> tuple[Method, ...]:
         """The methods that do something."""
-        if self.plain:
-            return ()
         return tuple(m for m in self.methods if self.force or not m.neutral)
 
     @property
@@ -264,13 +261,13 @@ class Engine:
                 return stock(*args, **{**kwargs, **changes})
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Another stream of this model runs inside: unedited, and nothing of it is noted."""
-        call, plain, self.call, self.plain = self.call, self.plain, None, True
+    def aside(self, methods: Sequence[Method] = ()) -> Iterator[None]:
+        """Other runs of this model inside, with other methods (none: a second stream); nothing of them is noted in the call."""
+        before, self.call, self.methods = (self.call, self.methods), None, tuple(methods)
         try:
             yield
         finally:
-            self.call, self.plain = call, plain
+            self.call, self.methods = before
 
     # Hooks
 
@@ -438,6 +435,9 @@ class Engine:
                 self.kept = call.reduction.report(call.prompt.images)
                 if call.mode == "prompt":
                     reduction.restore(call, output)
+            if "cut" not in pending:
+                for method in self.active:
+                    method.prompt_read(call, call.rows(method))
             call.finish()
             # A compiled decode step must find what it needs, not build it inside its graph.
             for layer in range(len(self.text_model.layers)):  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ class Method:
         raise NotImplementedError
 
     def prompt_read(self, call: Call, rows: dict[int, Tensor]) -> None:
-        """Called once the prompt's body has run, before the first edited row.
+        """Called once the prompt's body has run, before the first edited row (the whole prompt, where no last row is edited).
 
         Args:
             call: the running call; the method's own results go to ``call.memory(self)``.

@@ -12,6 +12,7 @@ from typing import Any
 from vlm_attn.method import Method
 
 METHODS = {
+    "agla": "vlm_attn.hallucination.agla:Agla",
     "bidirectional": "vlm_attn.hallucination.masks:Bidirectional",
     "croc": "vlm_attn.hallucination.masks:Croc",
     "divprune": "vlm_attn.visual_token_ops.divprune:DivPrune",
@@ -19,6 +20,7 @@ METHODS = {
     "downsample": "vlm_attn.visual_token_ops.downsample:Downsample",
     "fastv": "vlm_attn.visual_token_ops.fastv:FastV",
     "gift": "vlm_attn.hallucination.gift:Gift",
+    "guidance": "vlm_attn.hallucination.guidance:Guidance",
     "head_guided": "vlm_attn.hallucination.head_guided:HeadGuided",
     "holov": "vlm_attn.visual_token_ops.holov:HoloV",
     "icd": "vlm_attn.hallucination.icd:Icd",

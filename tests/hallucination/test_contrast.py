@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +15,7 @@ from torch import Tensor
 import vlm_attn
 from tests import tiny
 from tests.helpers import ACTIVE, Inputs, alone, close, differ, generate
-from vlm_attn.hallucination import Gift, Icd, Var, Vcd
-from vlm_attn.hallucination.guidance import Guidance
+from vlm_attn.hallucination import Gift, Guidance, Icd, Pai, Var, Vcd
 from vlm_attn.hallucination.vcd import signal_kept
 
 PROMPTS = [[3, "image", 7], [1, "image", 4, "image", 6]]
@@ -25,11 +23,6 @@ SINGLE = [[3, "image", 7], [1, "image", 4]]  # transformers 5.17 mixes up severa
 IMAGES = (1, 2)
 NEW = 6
 PREFIX = (33, 44, 55)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guided(Guidance):
-    name: ClassVar[str] = "guided"
 
 
 @cache
@@ -81,7 +74,7 @@ def blind(x: Inputs) -> Inputs:
 METHODS: dict[str, tuple[Any, Callable[[Inputs], Inputs], Callable[[Tensor, Tensor], Tensor]]] = {
     "vcd": (Vcd(alpha=1.5, beta=0.05), noisy, lambda p, q: p**2.5 / q**1.5 * (p >= 0.05 * p.max())),
     "icd": (Icd(alpha=0.7, beta=0.02, prefix=PREFIX), disturbed, lambda p, q: p**1.7 / q**0.7 * (p >= 0.02 * p.max())),
-    "guided": (Guided(gamma=2.0, beta=0.01), blind, lambda p, q: p**2 / q * (p >= 0.01 * p.max())),
+    "guidance": (Guidance(gamma=2.0, beta=0.01), blind, lambda p, q: p**2 / q * (p >= 0.01 * p.max())),
 }
 
 
@@ -177,7 +170,7 @@ class TestAgainstPlainForwards:
     def test_neutral_is_plain(self, name: str, method: str) -> None:
         model, inputs = built(name)
         x = inputs(PROMPTS, seed=3)
-        changes = {"gamma": 1.0, "beta": 0.0} if method == "guided" else {"alpha": 0.0, "beta": 0.0}
+        changes = {"gamma": 1.0, "beta": 0.0} if method == "guidance" else {"alpha": 0.0, "beta": 0.0}
         plain = torch.stack(run(model, x).scores)
         neutral = type(METHODS[method][0])(**changes)
         assert neutral.neutral
@@ -188,7 +181,7 @@ class TestAgainstPlainForwards:
 SENSITIVE: list[tuple[Any, dict[str, Any]]] = [
     (Vcd, {"alpha": 0.5}), (Vcd, {"beta": 0.5}), (Vcd, {"noise_step": 900}), (Vcd, {"seed": 1}),
     (Icd, {"alpha": 0.5}), (Icd, {"beta": 0.5}), (Icd, {"prefix": (7, 8)}),
-    (Guided, {"gamma": 3.0}), (Guided, {"beta": 0.5}),
+    (Guidance, {"gamma": 3.0}), (Guidance, {"beta": 0.5}),
 ]  # fmt: skip
 
 
@@ -226,8 +219,8 @@ class TestParameters:
         close(Icd(alpha=1.0, beta=0.5).combine(main, second).exp(), torch.tensor([[8.0, 2.0, 0.0]]), 1e-6)
         # log-softmax: 4/7 and 1/3. gamma 2: (4/7)^2 * 3 ...
         wanted = torch.tensor([[(p / 7) ** 2 * 3 for p in (4, 2, 1)]])
-        close(Guided(gamma=2.0, beta=0.0).combine(main, second).exp(), wanted, 1e-6)
-        close(Guided(gamma=1.0, beta=0.0).combine(main, second).exp(), torch.tensor([[4 / 7, 2 / 7, 1 / 7]]), 1e-6)
+        close(Guidance(gamma=2.0, beta=0.0).combine(main, second).exp(), wanted, 1e-6)
+        close(Guidance(gamma=1.0, beta=0.0).combine(main, second).exp(), torch.tensor([[4 / 7, 2 / 7, 1 / 7]]), 1e-6)
 
     @pytest.mark.parametrize(
         ("make", "words"),
@@ -235,7 +228,7 @@ class TestParameters:
             (lambda: Vcd(alpha=-1), "alpha=-1"), (lambda: Vcd(beta=1.5), "beta=1.5"), (lambda: Icd(alpha=21), "alpha=21"),
             (lambda: Vcd(noise_step=1000), r"noise_step=1000 .*\[0, 999\]"), (lambda: Vcd(noise_step=1.5), "noise_step"),
             (lambda: Vcd(seed=-1), "seed=-1"), (lambda: Icd(prefix=""), "prefix=''"), (lambda: Icd(prefix=(1, -2)), "prefix="),
-            (lambda: Guided(gamma=0.5), "gamma=0.5"),
+            (lambda: Guidance(gamma=0.5), "gamma=0.5"),
         ],
     )  # fmt: skip
     def test_wrong_values(self, make: Callable[[], Any], words: str) -> None:
@@ -257,6 +250,17 @@ class TestPrompts:
             words = run(model, x)
         with vlm_attn.patched(model, "icd", prefix=tuple(ids), processor=own):
             assert torch.equal(torch.stack(run(model, x).scores), torch.stack(words.scores))
+
+    def test_the_whole_of_pai(self) -> None:
+        """Amplified with the picture, and without it there is nothing to amplify."""
+        model, inputs = built("llava")
+        x = inputs(PROMPTS)
+        plain = generate(model, blind(x), new=1)[1][0].log_softmax(-1)
+        with vlm_attn.patched(model, Pai(alpha=0.5)):
+            raised = generate(model, x, new=1)[1][0].log_softmax(-1)
+        differ(raised, generate(model, x, new=1)[1][0].log_softmax(-1))
+        with vlm_attn.patched(model, [Pai(alpha=0.5), Guidance(gamma=2.0, beta=0.0)]):
+            close(run(model, x, max_new_tokens=1).scores[0], (2 * raised - plain).log_softmax(-1), 1e-4)
 
     @pytest.mark.parametrize("edit", [Gift(**ACTIVE["gift"]), Var(**ACTIVE["var"])], ids=lambda m: m.name)
     def test_with_an_edit(self, edit: Any) -> None:
