@@ -318,6 +318,161 @@ class TestMethods:
         same(run(model, inputs, attention="causal"), wanted)
 
 
+def hidden_keys(model, inputs, canvas, columns, rows_from, layers=None):
+    """A whole forward, causal prompt, whose rows from ``rows_from`` on do not see ``columns`` (in some layers)."""
+    prompt = inputs["input_ids"].shape[1]
+    ids = torch.cat([inputs["input_ids"], canvas], 1)
+    shown = torch.nn.functional.pad(inputs["attention_mask"], (0, canvas.shape[1]), value=1).bool()
+    length = ids.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool)
+    seen[:prompt] = seen.tril()[:prompt]
+    plain = (seen[None, None] & shown[:, None, None]).clone()
+    less = plain.clone()
+    for row, gone in enumerate(columns):
+        less[row, 0, rows_from:, gone] = False
+    eye = torch.eye(length, dtype=torch.bool)
+    handles = []
+    for index, layer in enumerate(model.model.language_model.layers):
+        mask = (less if layers is None or index in layers else plain) | eye
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda m, a, k, mask=mask: (a, {**k, "attention_mask": mask}), with_kwargs=True
+            )
+        )
+        if layers is not None and index in layers:
+            visual = ids == tiny.IMAGE
+            handles.append(
+                layer.register_forward_hook(lambda m, a, out, v=visual: torch.where(v[..., None], a[0], out))
+            )
+    try:
+        return logits_of(model, inputs, canvas, "causal")
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TestPruning:
+    def columns(self, model, inputs):
+        """Visual columns that were not kept, row by row."""
+        first = [(row == tiny.IMAGE).nonzero()[0, 0] for row in inputs["input_ids"]]
+        return [
+            first[k.row] + torch.tensor([i for i in range(k.total) if i not in k.index.tolist()])
+            for k in vlm_attn.kept(model)
+        ]
+
+    @pytest.mark.parametrize("cache", ["none", "prefix"])
+    @pytest.mark.parametrize("start", [0.0, 0.5])
+    @pytest.mark.parametrize("mode", ["drop", "mask"])
+    def test_late_step(self, model, inputs, cache, start, mode):
+        options = {"attention": "causal", "steps": 4}
+        plain = run(model, inputs, **options)
+        vlm_attn.patch(model, "late_step", keep=3, start_at=start, mode=mode)
+        late = run(model, inputs, cache=cache, **options)
+        assert [len(k.index) for k in vlm_attn.kept(model)] == [3, 3]
+        gone = self.columns(model, inputs)
+        vlm_attn.unpatch(model)
+        torch.testing.assert_close(
+            late[1][: int(start * 4)], plain[1][: int(start * 4)], equal_nan=True, rtol=1e-4, atol=1e-6
+        )
+        prompt = inputs["input_ids"].shape[1]
+        for step in range(int(start * 4), 4):
+            before = late[2][step - 1].tokens if step else torch.full((2, 8), MASK)
+            # Without a cache no row sees what is gone; with one the prompt has seen it, unless it was gone at once.
+            rows = 0 if cache == "none" or start == 0 else prompt
+            out = hidden_keys(model, inputs, before, gone, rows)[:, prompt:].double()
+            out[..., MASK] = -torch.inf
+            wanted = out.softmax(-1).max(-1).values
+            written = late[2][step].written
+            torch.testing.assert_close(late[1][step][written], wanted[written], rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(late[1], plain[1], rtol=1e-3, equal_nan=True)
+
+    @pytest.mark.parametrize("cache", ["none", "prefix"])
+    def test_progressive_keeps_fewer_every_step(self, model, inputs, cache):
+        vlm_attn.patch(model, "progressive", keep=1)
+        left = []
+        for _ in diffusion.stream(model, inputs, steps=8, gen_length=8, attention="causal", cache=cache):
+            if cache == "prefix" or left:
+                left.append(len(vlm_attn.kept(model)[0].index))
+            else:
+                left.append(9)
+        assert left == [9, 8, 7, 6, 5, 4, 3, 2]
+
+    @pytest.mark.parametrize("cache", ["none", "prefix"])
+    @pytest.mark.parametrize("layers", [(2, 3), (0, 2), (1,)])
+    @pytest.mark.parametrize("mode", ["drop", "mask"])
+    def test_layer_skip(self, model, inputs, cache, layers, mode):
+        options = {"attention": "causal", "steps": 4}
+        vlm_attn.patch(model, "layer_skip", layers=layers, mode=mode)
+        skipped = run(model, inputs, cache=cache, **options)
+        vlm_attn.unpatch(model)
+        prompt = inputs["input_ids"].shape[1]
+        visual = [(row == tiny.IMAGE).nonzero().flatten() for row in inputs["input_ids"]]
+        for step in range(4):
+            before = skipped[2][step - 1].tokens if step else torch.full((2, 8), MASK)
+            out = hidden_keys(model, inputs, before, visual, 0, layers)[:, prompt:].double()
+            out[..., MASK] = -torch.inf
+            written = skipped[2][step].written
+            wanted = out.softmax(-1).max(-1).values[written]
+            torch.testing.assert_close(skipped[1][step][written], wanted, rtol=1e-4, atol=1e-6)
+
+    def test_layer_skip_writes_token_after_token_too(self):
+        model, make = tiny.llava()
+        inputs = make(PROMPTS)
+        answers = []
+        for mode in ("drop", "mask"):
+            vlm_attn.patch(model, "layer_skip", layers=(1, 3), mode=mode, replace=vlm_attn.is_patched(model))
+            out = model.generate(
+                **inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            answers.append(torch.stack(out.logits))
+            again = model.generate(
+                **inputs,
+                max_new_tokens=5,
+                do_sample=False,
+                use_cache=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            torch.testing.assert_close(torch.stack(again.logits), answers[-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("cache", ["block", "dual", "prefix"])
+    @pytest.mark.parametrize("method", ["divprune", "late_step", "progressive", "layer_skip"])
+    def test_caches_beside_pruning(self, model, inputs, cache, method):
+        """Masked and dropped columns are each other's oracle; with one block the caches change nothing."""
+        answers = []
+        for mode in ("drop", "mask"):
+            given = {} if method == "layer_skip" else {"keep": 3}
+            vlm_attn.patch(model, method, mode=mode, replace=vlm_attn.is_patched(model), **given)
+            answers.append(run(model, inputs, cache=cache, attention="causal", block_length=4))
+        same(*answers)
+        one = {"attention": "causal", "block_length": 8}
+        same(run(model, inputs, cache=cache, **one), run(model, inputs, cache="prefix", **one))
+
+    def test_only_while_denoising(self):
+        model, make = tiny.llava()
+        vlm_attn.patch(model, "late_step")
+        with pytest.raises(ValueError, match="late_step acts on denoising steps"):
+            model.generate(**make(PROMPTS), max_new_tokens=1)
+
+    @pytest.mark.parametrize(
+        ("method", "given", "message"),
+        [
+            ("late_step", {"reducer": "fastv"}, "before the language model and merges"),
+            ("progressive", {"reducer": "visionzip"}, "before the language model and merges"),
+            ("late_step", {"reducer": "late_step"}, "before the language model and merges"),
+            ("late_step", {"start_at": 1.5}, "start_at=1.5"),
+            ("late_step", {"keep": 0.0}, "keep=0.0"),
+            ("layer_skip", {"keep": 0.5}, "keep=0.5"),
+            ("layer_skip", {"layers": (9,)}, "layer 9"),
+        ],
+    )
+    def test_wrong_parameters(self, model, method, given, message):
+        with pytest.raises(ValueError, match=message):
+            vlm_attn.patch(model, method, **given)
+        assert not vlm_attn.is_patched(model)
+
+
 class TestWrongInput:
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -4,10 +4,12 @@ from vlm_attn.visual_token_ops.divprune import DivPrune
 from vlm_attn.visual_token_ops.downsample import Downsample
 from vlm_attn.visual_token_ops.fastv import FastV
 from vlm_attn.visual_token_ops.holov import HoloV
+from vlm_attn.visual_token_ops.layer_skip import LayerSkip
 from vlm_attn.visual_token_ops.prumerge import PruMerge
 from vlm_attn.visual_token_ops.pyramid_drop import PyramidDrop
 from vlm_attn.visual_token_ops.random import Random
 from vlm_attn.visual_token_ops.sparsevlm import SparseVLM
+from vlm_attn.visual_token_ops.steps import LateStep, Progressive
 from vlm_attn.visual_token_ops.visionzip import VisionZip
 from vlm_attn.visual_token_ops.vscan import VScan
 from vlm_attn.visual_token_ops.vtw import VTW
@@ -18,6 +20,9 @@ __all__ = [
     "Downsample",
     "FastV",
     "HoloV",
+    "LateStep",
+    "LayerSkip",
+    "Progressive",
     "PruMerge",
     "PyramidDrop",
     "Random",

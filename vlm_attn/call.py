@@ -14,7 +14,7 @@ from vlm_attn.layout import TokenLayout
 
 if TYPE_CHECKING:
     from vlm_attn.method import Method
-    from vlm_attn.reduction import Reducer, Reduction
+    from vlm_attn.reduction import Picture, Reducer, Reduction
 
 Mode = Literal["prompt", "edited", "other"]
 T = TypeVar("T")
@@ -45,6 +45,7 @@ class Call:
         whole: while it is: whether earlier prompt rows see the last one.
         open: while it is: ``[B, rows]`` which canvas rows of this forward are still masked; only these are edited.
         progress: while it is: share of the steps that is done.
+        pictures: what a method saw of each image that keeps fewer tokens at later steps.
         seen: what was read of each layer of the vision tower, a part for each of its runs.
     """
 
@@ -66,6 +67,7 @@ class Call:
     whole: bool = False
     open: Tensor | None = None
     progress: float = 0.0
+    pictures: dict[int, tuple[Reducer, Picture]] = field(default_factory=dict)
     seen: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _layouts: dict[int, TokenLayout] = field(default_factory=dict)
     _memory: dict[str, dict[Any, Any]] = field(default_factory=dict)

@@ -121,11 +121,12 @@ class Engine:
 
     # Calls
 
-    def build_call(self, inputs: Mapping[str, Any]) -> Call:
+    def build_call(self, inputs: Mapping[str, Any], canvas: bool = False) -> Call:
         """Lay out a prompt. Fails before anything runs.
 
         Args:
             inputs: the model's inputs, ``input_ids`` or ``inputs_embeds`` among them.
+            canvas: whether the answer is denoised.
 
         Raises:
             ValueError: no image, no usable question span, a prompt that ends in an image token, maps asked for.
@@ -175,6 +176,7 @@ class Engine:
         images = split_images(self.model_config, image_runs, inputs)
         layout = build_layout(visual, mask, query, role, images)
         call = Call(prompt=layout, methods=self.active, input_ids=ids if isinstance(ids, Tensor) else None, batch=batch)
+        call.canvas = canvas
         cache = host.cache_of(inputs)
         call.first = host.cached_length(cache) if cache is not None and hasattr(cache, "get_seq_length") else 0
         call.earlier = getattr(cache, CACHE_NOTE, None)
@@ -207,12 +209,12 @@ class Engine:
         return query, role
 
     @contextmanager
-    def running(self, inputs: Mapping[str, Any]) -> Iterator[Call]:
+    def running(self, inputs: Mapping[str, Any], canvas: bool = False) -> Iterator[Call]:
         """One call: its context is there inside and gone outside, whatever happens."""
         self._acquire()
         outer, outer_depth = self.call, self._depth
         try:
-            self.call = self.build_call(inputs)
+            self.call = self.build_call(inputs, canvas)
             self._depth = outer_depth + 1
             yield self.call
         finally:

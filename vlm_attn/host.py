@@ -458,6 +458,7 @@ class SlotLayer(ShortLayer):
 
     def keep(self, index: Tensor) -> None:
         """Let columns go: ``index [B, n]`` are those that stay, ascending, counted among those that are there."""
+        index = index.to(self.keys.device)
         wide = index[:, None, :, None]
         self.dropped += self.held - index.shape[1]
         self.keys, self.values = (
@@ -479,3 +480,10 @@ def write_to(cache: Any, start: int | None) -> None:
     """Say which column the next keys of a :func:`slot_cache` are written to; None = behind what is there."""
     for layer in cache.layers:
         layer.start = start
+
+
+def keep_columns(cache: Any, layer: int, index: Tensor, of: int) -> None:
+    """Let columns of one layer of a :func:`slot_cache` go: of the first ``of``, ``index [B, n]`` stay; later ones all do."""
+    held = cache.layers[layer]
+    rest = torch.arange(of, held.held, device=index.device).expand(len(index), -1)
+    held.keep(torch.cat([index, rest], 1))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -77,6 +77,7 @@ class Reducer(Method):
         cls_layers: layers of the vision tower whose CLS attention it wants: ``PROJECTED``, the one whose output goes on to the
             language model, or one of a 24-layer tower (taken at the same depth of another).
         reads_ahead: whether ``read_layers`` are read before they run.
+        timed: whether what it keeps hangs on the denoising step (:meth:`left_at`).
 
     Attributes:
         keep: share of every image's tokens in (0, 1], or their number. ``1.0`` is neutral.
@@ -88,6 +89,7 @@ class Reducer(Method):
     needs_image: ClassVar[bool] = False
     cls_layers: ClassVar[tuple[int, ...]] = ()
     reads_ahead: ClassVar[bool] = False
+    timed: ClassVar[bool] = False
 
     keep: Keep = 0.5
     mode: Literal["drop", "mask"] = "drop"
@@ -114,6 +116,15 @@ class Reducer(Method):
     def left(self, stage: int, total: int) -> int:
         """How many of an image's ``total`` tokens a stage leaves."""
         return kept_count(self.keep, total)
+
+    def left_at(self, stage: int, total: int, progress: float) -> int:
+        """The same when the share ``progress`` of the denoising steps is done."""
+        return self.left(stage, total)
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Layers that visual tokens bypass: not there in them, and back behind them as they were before."""
+        return ()
 
     def bind(self, facts: ModelFacts) -> Method:
         """Check the layers against the model."""
@@ -286,6 +297,7 @@ class Reduction:
         visible: ``[B, P]`` columns of the prompt that are kept so far.
         layers: per layer, what its keys are.
         stages: per image, what each stage left.
+        carried: hidden states, ``rows`` and ``visible`` of before the layers that visual tokens bypass; None outside these.
     """
 
     drop: bool
@@ -295,6 +307,7 @@ class Reduction:
     layers: dict[int, Kept] = field(default_factory=dict)
     stages: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
     masks: list[tuple[Any, Kept, Any]] = field(default_factory=list)
+    carried: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     def report(self, images: Sequence[ImageSpan]) -> tuple[KeptImage, ...]:
         """What is left of every image."""
@@ -430,6 +443,28 @@ def _reduce(
             hidden = _choose(call, state, method, stage, hidden, rows)
             if state.drop:
                 hidden = _gather(call, state, hidden)
+    return _bypass(call, state, layer, hidden)
+
+
+def _bypass(call: Call, state: Reduction, layer: int, hidden: Tensor) -> Tensor:
+    """Take visual tokens out before the first of some layers they bypass, put them back behind the last."""
+    inside = any(layer in m.skipped for m in call.methods if isinstance(m, Reducer))
+    if inside == (state.carried is not None):
+        return hidden
+    if inside:
+        state.carried = (hidden, state.rows, state.visible)
+        state.visible = state.visible & ~call.layout.visual
+        return _gather(call, state, hidden) if state.drop else hidden
+    assert state.carried is not None
+    before, rows, visible = state.carried
+    columns = torch.arange(call.length, device=hidden.device) if state.rows is None else state.rows
+    columns = columns.expand(len(hidden), -1)
+    # Rows that only fill up the batch are not visible: they must not come back changed.
+    ran = nn.functional.pad(state.visible[:, call.first :], (0, call.length), value=True).gather(1, columns)[..., None]
+    index = columns if rows is None else torch.searchsorted(rows, columns)
+    index = index[..., None].expand_as(hidden)
+    hidden = before.scatter(1, index, torch.where(ran, hidden, before.gather(1, index)))
+    state.carried, state.rows, state.visible = None, rows, visible
     return hidden
 
 
@@ -451,7 +486,7 @@ def _choose(call: Call, state: Reduction, method: Reducer, stage: int, hidden: T
             tokens=hidden[row, index],
             places=places,
             total=image.stop - image.start,
-            count=min(method.left(stage, image.stop - image.start), len(columns)),
+            count=min(method.left_at(stage, image.stop - image.start, call.progress), len(columns)),
             stage=stage,
             memory=call.memory(method).setdefault(number, {}),
             grid=image.grid,
@@ -463,6 +498,10 @@ def _choose(call: Call, state: Reduction, method: Reducer, stage: int, hidden: T
             keys=seen[0][1][places] if seen else None,
             local=seen[1][0][places] if len(seen) > 1 else None,
         )
+        if method.timed:
+            call.pictures[number] = (method, picture)
+            if picture.count == len(columns):
+                continue
         chosen = method.choose(picture) if picture.count else columns[:0]
         if len(chosen) == len(columns):
             continue
@@ -475,6 +514,48 @@ def _choose(call: Call, state: Reduction, method: Reducer, stage: int, hidden: T
         state.visible[row : row + times, columns[gone]] = False
         state.stages.setdefault(number, []).append((method.stages[stage], places[chosen].cpu()))
     return hidden
+
+
+def thin(call: Call, cache: Any) -> bool:
+    """Take more columns out of a prompt that has run, where a method keeps fewer at this denoising step.
+
+    Args:
+        call: a call whose prompt is in ``cache``; ``call.progress`` says how far the denoising is.
+        cache: from :func:`vlm_attn.host.slot_cache`.
+
+    Returns:
+        Whether anything was taken.
+    """
+    state = call.reduction
+    if state is None or not call.pictures:
+        return False
+    visible = state.layers[0].visible.clone()
+    for number, (method, picture) in call.pictures.items():
+        image = call.prompt.images[number]
+        count = min(method.left_at(0, picture.total, call.progress), len(picture.places))
+        if count == len(picture.places):
+            continue
+        chosen = picture.places[method.choose(replace(picture, count=count))]
+        gone = torch.ones(picture.total, dtype=torch.bool, device=visible.device)
+        gone[chosen] = False
+        visible[image.row, image.start : image.stop] &= ~gone
+        state.stages.setdefault(number, []).append((0, chosen.cpu()))
+    if visible.equal(state.layers[0].visible):
+        return False
+    made: dict[int, Kept] = {}  # layers whose keys are alike share what describes them, and their masks
+    for layer, kept in state.layers.items():
+        here = kept.visible & visible
+        if kept.columns is None:
+            state.layers[layer] = made.setdefault(id(kept), Kept(here, None, False))
+            continue
+        seen = here.gather(1, kept.columns)
+        index = (~seen).int().argsort(dim=1, stable=True)[:, : int(seen.sum(1).max())].sort(1).values
+        columns = kept.columns.gather(1, index)
+        host.keep_columns(cache, layer, index, kept.columns.shape[1])
+        state.layers[layer] = made.setdefault(id(kept), Kept(here, columns, bool(here.gather(1, columns).all())))
+    state.masks.clear()
+    call.edits.clear()
+    return True
 
 
 def _place(state: Reduction, row: int, index: Tensor) -> Tensor:
@@ -532,7 +613,7 @@ def _short_mask(
     alone = len(call.methods) == sum(isinstance(m, Reducer) for m in call.methods)
     if mask is None and kept.full and (call.mode == "prompt" or alone or hidden.shape[1] == 1):
         return None  # "causal", which leaving columns out does not change
-    total = int(call.past) + call.length
+    total = mask.shape[-1] if call.canvas else int(call.past) + call.length  # later canvas columns are keys as well
     keys = kept.keys(total)
     shown = nn.functional.pad(kept.visible, (0, total - kept.visible.shape[1]), value=True).gather(1, keys)
     rows = _row_columns(call, state, hidden)

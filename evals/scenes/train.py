@@ -101,7 +101,8 @@ def build_model(settings: Settings) -> LlavaForConditionalGeneration:
     width = settings.width
     # So that a finished folder says how it has to be run.
     trained: dict[str, Any] = {"trained_mask": settings.mask} if settings.mask != "causal" else {}
-    trained |= {"trained_objective": settings.objective} if diffusion else {}
+    if diffusion:
+        trained |= {"trained_objective": settings.objective, "mask_token_id": tokens.index("<mask>")}
     vision = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=3 * width,

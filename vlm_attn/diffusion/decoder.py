@@ -189,7 +189,7 @@ def _run(model: Any, inputs: Mapping[str, Any], settings: Settings) -> Iterator[
     tokens = torch.full((batch, length), mask_id, device=device)
     banned = [*settings.suppress, mask_id]
     done = torch.zeros(batch, dtype=torch.bool, device=device)
-    step, total = 0, per_block * blocks
+    step, total, late = 0, per_block * blocks, False
     with ExitStack() as stack:
         streams = [_stream(stack, model, inputs, settings)]
         if settings.cfg_scale:
@@ -218,13 +218,16 @@ def _run(model: Any, inputs: Mapping[str, Any], settings: Settings) -> Iterator[
                 _stop(tokens, settings)
                 step += 1
                 work = tuple(w for s in streams for w in s.work)
+                late = False
                 yield Canvas(tokens, written, surety, block, step, len(work), work)
             if settings.eos_id is not None:
                 done = done | (tokens[:, part] == settings.eos_id).any(1)
-                tokens = torch.where(done[:, None] & (tokens == mask_id), settings.eos_id, tokens)
+                closed = torch.where(done[:, None] & (tokens == mask_id), settings.eos_id, tokens)
+                late = late or not closed.equal(tokens)
+                tokens = closed
                 if done.all():
                     break
-        if settings.eos_id is not None and step and not (tokens == mask_id).any():
+        if late:  # rows were closed after the last step
             work = tuple(w for s in streams for w in s.work)
             nothing = torch.zeros_like(tokens, dtype=torch.bool)
             yield Canvas(tokens, nothing, nothing.double() * torch.nan, block, step, len(work), work)
@@ -254,7 +257,11 @@ def _unconditional(inputs: Mapping[str, Any], settings: Settings) -> dict[str, A
 def _stream(stack: ExitStack | None, model: Any, inputs: Mapping[str, Any], settings: Settings) -> Stream:
     """The forwards of one prompt; inside a patched model's call unless ``stack`` is None."""
     engine = engine_of(model) if is_patched(model) else None
-    call = stack.enter_context(engine.running(inputs)) if stack is not None and engine and engine.active else None
+    call = (
+        stack.enter_context(engine.running(inputs, canvas=True))
+        if stack is not None and engine and engine.active
+        else None
+    )
     mask = engine.mask if engine is not None and engine.mask is not None else masks.named(settings.attention or "full")
     mask = mask | masks.pairs([Group.GENERATED], [Group.GENERATED])
     made = DelayedStream if settings.cache == "delayed" else Stream

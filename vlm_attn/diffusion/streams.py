@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlm_attn import host
+from vlm_attn import host, reduction
 from vlm_attn.chat import find_question
 from vlm_attn.families import image_token_ids
 from vlm_attn.kernels.masks import Mask, materialise
@@ -38,7 +38,9 @@ class Stream:
         engine: Engine | None,
         call: Call | None,
     ) -> None:
-        self.model, self.inputs, self.settings, self.engine, self.call = model, inputs, settings, engine, call
+        self.model, self.inputs, self.settings = model, inputs, settings
+        self.call: Any = call
+        self.engine: Any = engine
         config = model.config.get_text_config(decoder=True)
         self.text_model: Any
         self.layers: Any
@@ -60,7 +62,6 @@ class Stream:
         self.cache: Any = None if settings.cache == "none" else host.slot_cache(config)
         self.work: list[tuple[int, int]] = []
         if call is not None:
-            call.canvas = True
             call.whole = bool(visible[..., : self.start - 1, self.start - 1].any())
 
     def logits(self, tokens: Tensor, block: int, step: int, progress: float) -> Tensor:
@@ -80,6 +81,8 @@ class Stream:
         if once and self.embeds is None:
             self.forward(tokens, 0, self.start)
         first = self.start if once else 0
+        if self.call is not None and self.cache is not None and reduction.thin(self.call, self.cache):
+            self.engine.kept = self.call.reduction.report(self.call.prompt.images)
         if kind in ("block", "dual") and step:
             self.forward(tokens, begin, begin + size if kind == "dual" else self.total)
         else:
