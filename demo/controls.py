@@ -119,8 +119,9 @@ def controls(cls: type[Method], config: Any = None) -> list[Control]:
 
 
 def all_controls(config: Any = None) -> dict[str, list[Control]]:
-    """The parameters of every registered method, by its name."""
-    return {name: controls(info.cls, config) for name, info in registry.methods().items()}
+    """The parameters of every registered method, by its name; without those of denoising steps, which the demo has not."""
+    known = {name: info.cls for name, info in registry.methods().items() if not getattr(info.cls, "timed", False)}
+    return {name: controls(cls, config) for name, cls in known.items()}
 
 
 def params(known: Mapping[str, Sequence[Control]], methods: Sequence[str], values: Mapping[str, Any]) -> list[str]:

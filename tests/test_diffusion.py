@@ -285,6 +285,7 @@ METHODS = {
     "divprune": {"keep": 3},
     "fastv": {"keep": 3},
     "pyramid_drop": {},
+    "pai": {"alpha": 2.0},
 }
 
 
@@ -520,6 +521,11 @@ class TestWrongInput:
         model, make = tiny.FAMILIES[family]()
         with pytest.raises(NotImplementedError, match="no plain decoder"):
             diffusion.generate(model, make([["image", 4]]), mask_id=119)
+
+    def test_contrasts_of_next_tokens(self, model, inputs):
+        vlm_attn.patch(model, "vcd")
+        with pytest.raises(ValueError, match="vcd contrasts the next token"):
+            diffusion.generate(model, inputs)
 
     def test_methods_that_cannot_follow(self, model, inputs):
         vlm_attn.patch(model, "gift", **ACTIVE["gift"])

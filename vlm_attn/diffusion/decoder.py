@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn import host
+from vlm_attn.branch import Decoding
 from vlm_attn.diffusion import sampling
 from vlm_attn.diffusion.streams import DelayedStream, Stream
 from vlm_attn.families import family_of, image_token_ids
@@ -368,6 +369,11 @@ def _check_model(model: Any, text: Any, s: Settings) -> None:
         )
     active = engine.active if engine is not None else ()
     names = "+".join(m.name for m in active)
+    contrasts = [m.name for m in active if isinstance(m, Decoding)]
+    if contrasts:
+        raise ValueError(
+            f"{'+'.join(contrasts)} contrasts the next token of two streams, a canvas has none: use cfg_scale, or patch without"
+        )
     if active and s.cache == "delayed":
         raise ValueError(f"cache='delayed' runs parts of layers, which {names} cannot follow: use prefix or none")
     if s.cache == "delayed":
