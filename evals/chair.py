@@ -29,7 +29,7 @@ from typing import Any
 
 from vlm_attn.evals._extras import require
 from vlm_attn.evals.coco import CocoDataset, read_jsonl
-from vlm_attn.evals.stats import Metric, ratio
+from vlm_attn.evals.stats import Metric, Pair, ratio
 
 VARIANTS = ("instances", "instances+captions")
 PROMPT = "Please describe this image in detail."
@@ -172,6 +172,13 @@ def summarise(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str
     Returns:
         ``chair_s, chair_i, recall, precision, f1`` in percent and ``length`` in tokens.
     """
+    columns = columns_of(scores)
+    metrics = {name: ratio(top, bottom, scale=100.0, seed=seed) for name, (top, bottom) in columns.items()}
+    return metrics | {"length": ratio([score["length"] for score in scores], [1] * len(scores), seed=seed)}
+
+
+def columns_of(scores: Sequence[Mapping[str, Any]]) -> dict[str, Pair]:
+    """What the figures of CHAIR are ratios of: per figure, numerator and denominator of every caption."""
     mentions = [len(score["mentions"]) for score in scores]
     hallucinated = [sum(mention["hallucinated"] for mention in score["mentions"]) for score in scores]
     named = [{mention["category"] for mention in score["mentions"]} for score in scores]
@@ -179,7 +186,7 @@ def summarise(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str
     generated = [len(words) for words in named]
     truth = [len(score["truth"]) for score in scores]
     ones = [1] * len(scores)
-    columns = {
+    return {
         "chair_s": ([count > 0 for count in hallucinated], ones),
         "chair_i": (hallucinated, mentions),
         "recall": (correct, truth),
@@ -187,8 +194,6 @@ def summarise(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str
         # 2PR / (P + R) with P = correct / generated and R = correct / truth
         "f1": ([2 * count for count in correct], [a + b for a, b in zip(generated, truth, strict=True)]),
     }
-    metrics = {name: ratio(top, bottom, scale=100.0, seed=seed) for name, (top, bottom) in columns.items()}
-    return metrics | {"length": ratio([score["length"] for score in scores], ones, seed=seed)}
 
 
 def default_variant(dataset: CocoDataset) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,29 @@ class CocoDataset:
         for annotation in (self.captions or {"annotations": []})["annotations"]:
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
         return captions
+
+    def subset(self, image_ids: Sequence[int]) -> CocoDataset:
+        """The dataset with only these images, in this order.
+
+        Raises:
+            ValueError: one of them is not in the dataset.
+        """
+        known = {image["id"]: image for image in self.instances["images"]}
+        missing = [image_id for image_id in image_ids if image_id not in known]
+        if missing:
+            raise ValueError(f"{self.name} has no image {missing[0]}")
+        wanted = set(image_ids)
+
+        def kept(part: dict[str, Any]) -> list[Any]:
+            return [note for note in part["annotations"] if note["image_id"] in wanted]
+
+        instances = {
+            **self.instances,
+            "images": [known[image_id] for image_id in image_ids],
+            "annotations": kept(self.instances),
+        }
+        captions = self.captions and {**self.captions, "annotations": kept(self.captions)}
+        return replace(self, instances=instances, captions=captions)
 
     def objects(self, image_id: int) -> list[str]:
         """Category names in the image, in annotation order, each once, crowds included.

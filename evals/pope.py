@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_attn.evals.coco import CocoDataset, read_jsonl
-from vlm_attn.evals.stats import Metric, mean_of_ratios
+from vlm_attn.evals.stats import Metric, Pair, mean_of_ratios
 
 SPLITS = ("random", "popular", "adversarial")
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
@@ -203,11 +203,25 @@ def summarise(answers: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[st
         split -> accuracy, precision, recall, f1, yes_ratio, each ``{"value", "low", "high"}``, and the counts
         ``questions`` and ``unparsed``; ``"mean"`` is the mean of the splits, with the counts added up.
     """
-    images = sorted({answer["image_id"] for answer in answers})
-    splits = list(dict.fromkeys(answer["split"] for answer in answers))
-    columns: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    columns = columns_of(answers)
     summary: dict[str, dict[str, Any]] = {}
-    for split in splits:
+    for split in columns:
+        rows = [answer for answer in answers if answer["split"] == split]
+        summary[split] = _metrics([columns[split]], seed) | {
+            "questions": len(rows),
+            "unparsed": sum(is_unparsed(row["answer"]) for row in rows),
+        }
+    summary["mean"] = _metrics(list(columns.values()), seed) | {
+        count: sum(summary[split][count] for split in columns) for count in ("questions", "unparsed")
+    }
+    return summary
+
+
+def columns_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Pair]]:
+    """What the figures of POPE are ratios of: split -> figure -> numerator and denominator of every image (by id)."""
+    images = sorted({answer["image_id"] for answer in answers})
+    columns: dict[str, dict[str, Pair]] = {}
+    for split in dict.fromkeys(answer["split"] for answer in answers):
         rows = [answer for answer in answers if answer["split"] == split]
         tally: dict[str, Counter[int]] = defaultdict(Counter)
         for row in rows:
@@ -234,15 +248,8 @@ def summarise(answers: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[st
             ),
             "yes_ratio": (count["said_yes"], count["all"]),
         }
-        summary[split] = _metrics([columns[split]], seed) | {
-            "questions": len(rows),
-            "unparsed": sum(is_unparsed(row["answer"]) for row in rows),
-        }
-    summary["mean"] = _metrics([columns[split] for split in splits], seed) | {
-        count: sum(summary[split][count] for split in splits) for count in ("questions", "unparsed")
-    }
-    return summary
+    return columns
 
 
-def _metrics(splits: Sequence[Mapping[str, tuple[list[float], list[float]]]], seed: int) -> dict[str, Metric | int]:
+def _metrics(splits: Sequence[Mapping[str, Pair]], seed: int) -> dict[str, Metric | int]:
     return {name: mean_of_ratios([split[name] for split in splits], scale=100.0, seed=seed) for name in METRICS}

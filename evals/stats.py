@@ -14,10 +14,11 @@ import numpy as np
 from vlm_attn.evals._extras import require
 
 Metric = dict[str, float | None]
+Pair = tuple[Sequence[float], Sequence[float]]
 
 
 def mean_of_ratios(
-    pairs: Sequence[tuple[Sequence[float], Sequence[float]]],
+    pairs: Sequence[Pair],
     *,
     scale: float = 1.0,
     confidence: float = 0.95,
@@ -37,6 +38,38 @@ def mean_of_ratios(
         ``{"value", "low", "high"}``. A ratio over nothing counts as 0. The interval is None for fewer than
         two images.
     """
+    return _bootstrap(pairs, np.full(len(pairs), scale / max(1, len(pairs))), confidence, resamples, seed)
+
+
+def difference(
+    pairs: Sequence[Pair],
+    base: Sequence[Pair],
+    *,
+    scale: float = 1.0,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Metric:
+    """``mean_of_ratios(pairs) - mean_of_ratios(base)`` over the same images, drawn again together.
+
+    What the images have in common cancels, so the interval is that of the difference, not of two separate figures.
+
+    Args:
+        pairs: see `mean_of_ratios`.
+        base: the same images under what is compared with, entry by entry.
+        scale: see `mean_of_ratios`; so are the others.
+
+    Raises:
+        ValueError: not the same number of images.
+    """
+    if len({len(column) for pair in (*pairs, *base) for column in pair}) > 1:
+        raise ValueError("a paired difference needs the same images on both sides")
+    weights = [scale / max(1, len(pairs))] * len(pairs) + [-scale / max(1, len(base))] * len(base)
+    return _bootstrap([*pairs, *base], np.array(weights), confidence, resamples, seed)
+
+
+def _bootstrap(pairs: Sequence[Pair], weights: np.ndarray, confidence: float, resamples: int, seed: int) -> Metric:
+    """A weighted sum of ratios of sums, with its interval."""
     columns = [np.asarray(column, dtype=float) for pair in pairs for column in pair]
 
     def statistic(*columns: np.ndarray, axis: int = -1) -> Any:
@@ -45,7 +78,7 @@ def mean_of_ratios(
             np.divide(top, bottom, out=np.zeros_like(bottom), where=bottom != 0)
             for top, bottom in zip(map(np.asarray, sums[::2]), map(np.asarray, sums[1::2]), strict=True)
         ]
-        return scale * np.mean(ratios, axis=0)
+        return np.tensordot(weights, np.asarray(ratios), axes=1)
 
     value = float(statistic(*columns)) if columns and columns[0].size else 0.0
     if not columns or columns[0].size < 2:

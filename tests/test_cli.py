@@ -63,7 +63,7 @@ def test_console_script() -> None:
     assert done.stderr.strip() == "Error: no/such.jpg: no such image"
 
 
-@pytest.mark.parametrize("command", ["methods", "caption", "demo", "eval", "score chair", "doctor"])
+@pytest.mark.parametrize("command", ["methods", "caption", "demo", "eval", "score chair", "calibrate", "doctor"])
 def test_every_command_shows_an_example(command: str) -> None:
     result = call(*command.split(), "--help")
     assert result.exit_code == 0
@@ -266,6 +266,9 @@ def test_wrong_input_is_one_line(coco_folder: Path, tiny_model_folder: Path, tmp
         (["caption", "scenes:5"], "scenes:SPLIT/NUMBER"),
         (["caption", bad], "bad.json: not a picture"),
         (["score", "chair", "--captions", bad, "--data", coco_folder], "bad.json, line 1: not valid JSON"),
+        (["calibrate", "scenes", "--method", "gfit"], "did you mean 'gift'"),
+        (["calibrate", "scenes", "-o", tmp_path / "none" / "preset.json"], "there is no folder"),
+        (["calibrate", "scenes", "--limit", "501"], "scenes:validation has 500"),
         (["bench", "nothing"], "No such command 'nothing'"),
     ]
     for arguments, message in cases:

@@ -502,6 +502,63 @@ def score_chair(
         console.print(f"{results['counts']['skipped']} captions of images that are not in the data were left out.")
 
 
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="scenes, a folder, or a hub id.")],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="Whose constants to measure: gift, var. [default: both]")
+    ] = None,
+    data: Annotated[str, typer.Option(help="scenes, or a COCO folder.")] = "scenes",
+    split: Annotated[str | None, typer.Option(help="Part of the data.", show_default="validation, or val2014")] = None,
+    limit: Annotated[int, typer.Option(help="Images to look at; 30 or more.", min=1)] = 50,
+    search: Annotated[
+        int, typer.Option(help="Also compare gift's bands and strengths by CHAIR, on this many images.", min=0)
+    ] = 0,
+    check: Annotated[
+        int, typer.Option(help="Then see on this many other images what that choice loses against the best.", min=0)
+    ] = 0,
+    prompt: Annotated[
+        str, typer.Option(help="The question of the measurement.")
+    ] = "Please describe this image in detail.",
+    batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 8,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The preset to write; its plot comes beside it.")] = Path(
+        "preset.json"
+    ),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure the constants that methods need of a model, and write them as a preset.
+
+    gift: the layer in which the question's words move their attention most over the image, and a band of layers to
+    edit. var: the dimensions in which sink tokens are massive. What is written is used with --preset preset.json.
+
+    Example: [b]vlm-attn calibrate llava-hf/llava-1.5-7b-hf --data COCO_DIR --search 150 --check 200 -o llava.json[/b]
+    """
+    module = _evals("calibrate")
+    names = list(dict.fromkeys(method or module.RULES))
+    module.check(names)
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    dataset = _dataset(data, split)
+    loaded, processor = _evals("models").load_model(model, device, dtype, trust_remote_code)
+    preset, found = module.calibrate(
+        loaded,
+        processor,
+        dataset,
+        names,
+        model_name=model,
+        prompt=prompt,
+        limit=limit,
+        searched=search,
+        checked=check,
+        batch_size=batch_size,
+        console=_console(),
+    )
+    picture = module.write(preset, found, out)
+    _console().print(f"Written: {out} (use it with --preset {out}), {picture}", soft_wrap=True)
+
+
 @app.command("mask")
 def draw_mask(
     name: Annotated[str, typer.Argument(help="Its name; sliding:N is causal within the last N columns.")],
