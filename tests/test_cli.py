@@ -303,7 +303,7 @@ def test_debug_shows_where_an_error_comes_from() -> None:
 
 
 def test_unexpected_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_open_images", lambda names: 1 / 0)
+    monkeypatch.setattr(cli.show, "_open_images", lambda names: 1 / 0)
     assert isinstance(call("caption", "x.jpg").exception, ZeroDivisionError)
 
 

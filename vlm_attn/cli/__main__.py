@@ -1,0 +1,6 @@
+"""``python -m vlm_attn.cli``."""
+
+from vlm_attn.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""``vlm-attn bench``: each benchmark takes its own options."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from vlm_attn.cli.common import app, evals_module, help_without_command
+
+bench_app = typer.Typer(help="Measure speed.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback(invoke_without_command=True)
+def _bench(context: typer.Context) -> None:
+    """Measure speed."""
+    help_without_command(context)
+
+
+def _benchmark(name: str, arguments: list[str]) -> None:
+    try:
+        benchmark = evals_module(f"bench.{name}")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("vlm_attn.evals.bench"):
+            raise
+        raise NotImplementedError(f"this installation has no benchmark {name!r}") from error
+    sys.argv = [f"vlm-attn bench {name}", *arguments]
+    raise typer.Exit(benchmark.main() or 0)
+
+
+# Each benchmark has its own options and shows its own help.
+_OWN_OPTIONS: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+
+
+@bench_app.command("overhead", **_OWN_OPTIONS)
+def bench_overhead(context: typer.Context) -> None:
+    """What an edit costs: patched models against the plain one, in one run.
+
+    Example: [b]vlm-attn bench overhead --help[/b]
+    """
+    _benchmark("overhead", context.args)
+
+
+@bench_app.command("kernels", **_OWN_OPTIONS)
+def bench_kernels(context: typer.Context) -> None:
+    """Edited decoding and masked prefill, kernel by kernel, against SDPA and others, in one run.
+
+    Example: [b]vlm-attn bench kernels --help[/b]
+    """
+    _benchmark("kernels", context.args)
+
+
+@bench_app.command("tokens", **_OWN_OPTIONS)
+def bench_tokens(context: typer.Context) -> None:
+    """What keeping fewer visual tokens buys: reducers against the plain model, in one run.
+
+    Example: [b]vlm-attn bench tokens --help[/b]
+    """
+    _benchmark("tokens", context.args)

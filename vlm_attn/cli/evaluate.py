@@ -1,0 +1,288 @@
+"""``vlm-attn eval | score | calibrate``: measure methods and models, and score answers that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_attn.cli.common import (
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Method,
+    Model,
+    Param,
+    Preset,
+    TrustRemoteCode,
+    app,
+    console_of,
+    evals_module,
+    help_without_command,
+    quiet_libraries,
+    write_json,
+)
+
+
+class EvalName(StrEnum):
+    """The evaluations there are."""
+
+    pope = "pope"
+    chair = "chair"
+
+
+def _dataset(data: str, split: str | None) -> Any:
+    if data == "scenes":
+        if split not in (None, "validation", "test"):
+            raise ValueError(f"split {split!r}: the scenes world has validation and test")
+        return evals_module("scenes").dataset(split or "validation")
+    return evals_module("coco").CocoDataset.from_folder(data, split)
+
+
+@app.command("eval")
+def evaluate(
+    evals: Annotated[list[EvalName], typer.Argument(help="What to measure.", metavar="pope|chair...")],
+    model: Model = "scenes",
+    method: Method = None,
+    param: Param = None,
+    preset: Preset = None,
+    data: Annotated[
+        str,
+        typer.Option(help="[b]scenes[/b], or a folder with COCO annotations and images."),
+    ] = "scenes",
+    split: Annotated[
+        str | None,
+        typer.Option(help="scenes: validation or test. COCO: val2014, val2017 ...", show_default="validation"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of images.", show_default="500")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the images and POPE's questions.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per step.", show_default="8, for the bundled model 32")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results.json and samples.jsonl; a stopped run goes on from there.",
+            file_okay=False,
+        ),
+    ] = None,
+    pope_file: Annotated[
+        list[Path] | None,
+        typer.Option(help="Official POPE questions (JSON lines) in place of built ones. Repeats."),
+    ] = None,
+    parser: Annotated[str, typer.Option(help="POPE answers: official, opera, vcd or strict.")] = "official",
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            help="CHAIR's ground truth: instances+captions (official) or instances.",
+            show_default="official where there are captions",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What to ask; for POPE with {question} in it.", show_default="the protocol's"),
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure hallucination, by default of the plain model, gift and var side by side.
+
+    [b]pope[/b] asks whether an object is in the image; [b]chair[/b] counts the objects a caption makes up.
+
+    Example: [b]vlm-attn eval pope --limit 50 --method baseline --method gift --out results/pope[/b]
+
+    Ctrl-C keeps what is finished; the same command goes on from there when it has --out.
+    """
+    names = list(dict.fromkeys(name.value for name in evals))
+    specs = evals_module("specs").parse_specs(method or ["baseline", "gift", "var"], param or [], preset)
+    dataset = _dataset(data, split)
+    tasks = []
+    for name in names:
+        options: dict[str, Any] = {"limit": limit, "seed": seed}
+        if prompt is not None:
+            options["prompt"] = prompt
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        if name == "pope":
+            options["parser"] = parser
+            if pope_file:
+                read = evals_module("pope").read_questions
+                options["questions"] = [question for file in pope_file for question in read(file)]
+            tasks.append(evals_module("tasks").pope_task(dataset, **options))
+        else:
+            if data == "scenes":
+                options.setdefault("max_new_tokens", 64)  # its captions are one sentence
+            tasks.append(evals_module("tasks").chair_task(dataset, variant=variant, **options))
+    quiet_libraries()
+    console = console_of(stderr=str(json_file) == "-")
+    with console.status(f"Loading {model} ..."):
+        loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
+
+    finished = []
+    for task in tasks:
+        folder = out if out is None or len(tasks) == 1 else out / task.name
+        results = _run_with_progress(
+            console,
+            task,
+            specs,
+            loaded,
+            processor,
+            model_name=model,
+            seed=seed,
+            batch_size=batch_size or (32 if model == "scenes" else 8),
+            out=folder,
+        )
+        finished.append(results)
+        _print_results(console, results, folder)
+        if results["status"] != "complete":
+            break
+    if json_file is not None:
+        write_json(json_file, finished[0] if len(tasks) == 1 else finished)
+    if finished[-1]["status"] == "interrupted":
+        raise typer.Exit(130)
+
+
+def _run_with_progress(console: Any, task: Any, specs: Sequence[Any], *args: Any, **options: Any) -> Any:
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        rows = {
+            spec.label: bar.add_task(f"{task.name} {spec.label}", total=len(task.samples), start=False)
+            for spec in specs
+        }
+
+        def advance(label: str, count: int) -> None:
+            bar.start_task(rows[label])
+            bar.advance(rows[label], count)
+
+        return evals_module("runner").run(task, specs, *args, progress=advance, **options)
+
+
+def _print_results(console: Any, results: dict[str, Any], folder: Path | None) -> None:
+    skipped = results["config"].get("questions_skipped", 0)
+    if results["metrics"]:
+        console.print(evals_module("report").results_table(results))
+    if skipped:
+        console.print(f"{skipped} questions about images that are not in the data were left out.")
+    if "note" in results:
+        console.print(results["note"])
+    if folder is not None:
+        console.print(f"Written: {folder / 'results.json'}, {folder / 'samples.jsonl'}", soft_wrap=True)
+    if results["status"] == "interrupted":
+        done = sum(results["counts"]["finished"].values())
+        total = results["counts"]["samples"] * len(results["config"]["methods"])
+        kept = "The same command goes on from there." if folder is not None else "With --out it could go on."
+        console.print(f"Stopped after {done} of {total} samples. {kept}")
+
+
+score_app = typer.Typer(help="Score answers that exist already, without a model.")
+app.add_typer(score_app, name="score")
+
+
+@score_app.callback(invoke_without_command=True)
+def _score(context: typer.Context) -> None:
+    """Score answers that exist already, without a model."""
+    help_without_command(context)
+
+
+@score_app.command("chair")
+def score_chair(
+    captions: Annotated[Path, typer.Option(help="JSON lines with image_id and caption.")],
+    data: Annotated[Path, typer.Option(help="Folder with COCO annotations (no images needed).")],
+    split: Annotated[str | None, typer.Option(help="val2014, val2017 ...", show_default="the first found")] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            help="instances+captions (official) or instances.",
+            show_default="official where there are captions",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
+    ] = None,
+) -> None:
+    """Score a file of captions with CHAIR.
+
+    Example: [b]vlm-attn score chair --captions captions.jsonl --data COCO_DIR --variant instances[/b]
+    """
+    results = evals_module("scoring").score_chair(captions, data, split=split, variant=variant)
+    console = console_of(stderr=str(json_file) == "-")
+    if json_file is not None:
+        write_json(json_file, results)
+    console.print(evals_module("report").results_table(results))
+    if results["counts"]["skipped"]:
+        console.print(f"{results['counts']['skipped']} captions of images that are not in the data were left out.")
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="scenes, a folder, or a hub id.")],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="Whose constants to measure: gift, var. [default: both]")
+    ] = None,
+    data: Annotated[str, typer.Option(help="scenes, or a COCO folder.")] = "scenes",
+    split: Annotated[str | None, typer.Option(help="Part of the data.", show_default="validation, or val2014")] = None,
+    limit: Annotated[int, typer.Option(help="Images to look at; 30 or more.", min=1)] = 50,
+    search: Annotated[
+        int, typer.Option(help="Also compare gift's bands and strengths by CHAIR, on this many images.", min=0)
+    ] = 0,
+    check: Annotated[
+        int, typer.Option(help="Then see on this many other images what that choice loses against the best.", min=0)
+    ] = 0,
+    prompt: Annotated[
+        str, typer.Option(help="The question of the measurement.")
+    ] = "Please describe this image in detail.",
+    batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 8,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The preset to write; its plot comes beside it.")] = Path(
+        "preset.json"
+    ),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure the constants that methods need of a model, and write them as a preset.
+
+    gift: the layer in which the question's words move their attention most over the image, and a band of layers to
+    edit. var: the dimensions in which sink tokens are massive. What is written is used with --preset preset.json.
+
+    Example: [b]vlm-attn calibrate llava-hf/llava-1.5-7b-hf --data COCO_DIR --search 150 --check 200 -o llava.json[/b]
+    """
+    module = evals_module("calibrate")
+    names = list(dict.fromkeys(method or module.RULES))
+    module.check(names)
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    dataset = _dataset(data, split)
+    loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
+    preset, found = module.calibrate(
+        loaded,
+        processor,
+        dataset,
+        names,
+        model_name=model,
+        prompt=prompt,
+        limit=limit,
+        searched=search,
+        checked=check,
+        batch_size=batch_size,
+        console=console_of(),
+    )
+    picture = module.write(preset, found, out)
+    console_of().print(f"Written: {out} (use it with --preset {out}), {picture}", soft_wrap=True)
