@@ -7,6 +7,7 @@ from vlm_attn.hallucination.guidance import Guidance
 from vlm_attn.hallucination.head_guided import HeadGuided
 from vlm_attn.hallucination.icd import Icd
 from vlm_attn.hallucination.masks import Bidirectional, Croc, Mma, PrefixLm, VisionBlock
+from vlm_attn.hallucination.mvp import Mvp
 from vlm_attn.hallucination.pai import Pai
 from vlm_attn.hallucination.vaf import Vaf
 from vlm_attn.hallucination.var import Var
@@ -22,6 +23,7 @@ __all__ = [
     "HeadGuided",
     "Icd",
     "Mma",
+    "Mvp",
     "Pai",
     "PrefixLm",
     "Vaf",

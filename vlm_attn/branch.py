@@ -351,3 +351,28 @@ def with_pixels(run: Run, change: Callable[[Tensor, int], Tensor]) -> dict[str, 
         sizes: Any = grid.prod(-1).tolist() if grid is not None else 1
         inputs[name] = torch.cat([change(part, number) for number, part in enumerate(inputs[name].split(sizes))])
     return inputs
+
+
+def one_row(run: Run, row: int) -> dict[str, Tensor]:
+    """The inputs of one row of a batch, without its padding and with its own pictures only.
+
+    Raises:
+        NotImplementedError: the pictures of the batch cannot be told apart (tiles of different number).
+    """
+    images = run.call.prompt.images
+    mine = [number for number, image in enumerate(images) if image.row == row]
+    inputs = run.inputs
+    shape, shown = inputs["input_ids"].shape, inputs["attention_mask"][row] != 0
+    taken = {}
+    for name, value in inputs.items():
+        grid = inputs.get(PIXELS.get(name, ""))
+        if value.shape == shape:
+            taken[name] = value[row : row + 1, shown]
+        elif shape[0] == 1:
+            taken[name] = value
+        elif grid is None and len(value) % len(images):
+            raise NotImplementedError(f"the pictures in {name} cannot be told apart: give one prompt at a time")
+        else:
+            parts = value.split(grid.prod(-1).tolist() if grid is not None else len(value) // len(images))
+            taken[name] = torch.cat([parts[number] for number in mine])
+    return taken

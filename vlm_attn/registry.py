@@ -27,6 +27,7 @@ METHODS = {
     "late_step": "vlm_attn.visual_token_ops.steps:LateStep",
     "layer_skip": "vlm_attn.visual_token_ops.layer_skip:LayerSkip",
     "mma": "vlm_attn.hallucination.masks:Mma",
+    "mvp": "vlm_attn.hallucination.mvp:Mvp",
     "pai": "vlm_attn.hallucination.pai:Pai",
     "prefix_lm": "vlm_attn.hallucination.masks:PrefixLm",
     "progressive": "vlm_attn.visual_token_ops.steps:Progressive",
