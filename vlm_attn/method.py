@@ -25,6 +25,7 @@ class ModelFacts:
         heads: number of query heads.
         hidden: hidden size.
         causal: every row of every layer sees all earlier columns and no later one.
+        trained_mask: the prompt mask the model was trained with, as its config's ``trained_mask`` says.
     """
 
     model_type: str
@@ -32,6 +33,7 @@ class ModelFacts:
     heads: int
     hidden: int
     causal: bool = True
+    trained_mask: str = "causal"
 
 
 @dataclass(frozen=True, kw_only=True)
