@@ -8,6 +8,7 @@ from vlm_attn.hallucination.head_guided import HeadGuided
 from vlm_attn.hallucination.icd import Icd
 from vlm_attn.hallucination.masks import Bidirectional, Croc, Mma, PrefixLm, VisionBlock
 from vlm_attn.hallucination.mvp import Mvp
+from vlm_attn.hallucination.opera import Opera
 from vlm_attn.hallucination.pai import Pai
 from vlm_attn.hallucination.vaf import Vaf
 from vlm_attn.hallucination.var import Var
@@ -24,6 +25,7 @@ __all__ = [
     "Icd",
     "Mma",
     "Mvp",
+    "Opera",
     "Pai",
     "PrefixLm",
     "Vaf",

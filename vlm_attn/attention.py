@@ -72,6 +72,11 @@ def vlm_attention(
         return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     call = tag.engine.call if tag is not None else None
+    if tag is not None and call is None and tag.engine.see is not None:
+        tag.engine.see(
+            tag.layer,
+            lambda: attention_rows(query, key, mask=attention_mask, scale=scaling, softcap=kwargs.get("softcap")),
+        )
     if tag is None or call is None or call.mode == "other":
         return plain()
     for name, what in REFUSED.items():

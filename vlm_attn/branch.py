@@ -66,8 +66,12 @@ class Decoding(Method):
     """Base of methods that act on what is decoded. A model takes one of them, beside any that edit attention.
 
     They act inside ``generate`` only: a bare forward of a model that is patched with one is refused.
+
+    Class attributes:
+        alone: no method that edits attention may stand beside it.
     """
 
+    alone: ClassVar[bool] = False
     edited_rows: ClassVar[Literal["last", "text", "none"]] = "none"
 
     def edit(self, call: Call, layer: int) -> Any:

@@ -60,6 +60,9 @@ class Engine:
         self.kept: tuple[reduction.KeptImage, ...] = ()  # of the last prompt
         self.force = False  # run neutral methods through the edit path too
         self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends
+        self.see: Callable[..., None] | None = (
+            None  # is shown a layer and what gives its attention, in a stream beside the call
+        )
         self.call: Call | None = None
         self.spans: dict[str, Any] | None = None
         self.undo: list[Any] = []
@@ -72,7 +75,16 @@ class Engine:
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"call": None, "watch": None, "spans": None, "_pending": None, "_depth": 0, "_bare": False, "_owner": 0}
+        idle = {
+            "call": None,
+            "watch": None,
+            "see": None,
+            "spans": None,
+            "_pending": None,
+            "_depth": 0,
+            "_bare": False,
+            "_owner": 0,
+        }
         return {**self.__dict__, **idle, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -257,6 +257,10 @@ def resolve(
     decoders = [m.name for m in bound if isinstance(m, Decoding)]
     if len(decoders) > 1:
         raise ValueError(f"{'+'.join(decoders)}: each of them decides what the next token is chosen from; choose one")
+    alone = next((m.name for m in bound if isinstance(m, Decoding) and m.alone), None)
+    if alone is not None and len(bound) > 1:
+        others = "+".join(m.name for m in bound if m.name != alone)
+        raise ValueError(f"{alone} goes by the attention of the plain model, which {others} changes; choose one")
     masks = [m.name for m in bound if m.mask is not None]
     if len(masks) > 1:
         raise ValueError(f"{'+'.join(masks)}: each of them sets the attention mask of the prompt; choose one")

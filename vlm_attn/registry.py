@@ -28,6 +28,7 @@ METHODS = {
     "layer_skip": "vlm_attn.visual_token_ops.layer_skip:LayerSkip",
     "mma": "vlm_attn.hallucination.masks:Mma",
     "mvp": "vlm_attn.hallucination.mvp:Mvp",
+    "opera": "vlm_attn.hallucination.opera:Opera",
     "pai": "vlm_attn.hallucination.pai:Pai",
     "prefix_lm": "vlm_attn.hallucination.masks:PrefixLm",
     "progressive": "vlm_attn.visual_token_ops.steps:Progressive",
