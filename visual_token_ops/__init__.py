@@ -1,5 +1,6 @@
 """Methods that keep fewer visual tokens, one file each."""
 
+from vlm_attn.visual_token_ops.cdpruner import CDPruner
 from vlm_attn.visual_token_ops.divprune import DivPrune
 from vlm_attn.visual_token_ops.downsample import Downsample
 from vlm_attn.visual_token_ops.fastv import FastV
@@ -10,12 +11,14 @@ from vlm_attn.visual_token_ops.pyramid_drop import PyramidDrop
 from vlm_attn.visual_token_ops.random import Random
 from vlm_attn.visual_token_ops.sparsevlm import SparseVLM
 from vlm_attn.visual_token_ops.steps import LateStep, Progressive
+from vlm_attn.visual_token_ops.trim import Trim
 from vlm_attn.visual_token_ops.visionzip import VisionZip
 from vlm_attn.visual_token_ops.vscan import VScan
 from vlm_attn.visual_token_ops.vtw import VTW
 
 __all__ = [
     "VTW",
+    "CDPruner",
     "DivPrune",
     "Downsample",
     "FastV",
@@ -27,6 +30,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "SparseVLM",
+    "Trim",
     "VScan",
     "VisionZip",
 ]

@@ -47,6 +47,7 @@ class Call:
         progress: while it is: share of the steps that is done.
         pictures: what a method saw of each image that keeps fewer tokens at later steps.
         seen: what was read of each layer of the vision tower, a part for each of its runs.
+        pixels: the pictures' pixel values, while methods check the prompt.
     """
 
     prompt: TokenLayout
@@ -69,6 +70,7 @@ class Call:
     progress: float = 0.0
     pictures: dict[int, tuple[Reducer, Picture]] = field(default_factory=dict)
     seen: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    pixels: Tensor | None = None
     _layouts: dict[int, TokenLayout] = field(default_factory=dict)
     _memory: dict[str, dict[Any, Any]] = field(default_factory=dict)
     _rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)

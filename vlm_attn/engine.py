@@ -197,8 +197,10 @@ class Engine:
                 "the cache passed in holds fewer columns than it counts, from a call that dropped visual tokens: "
                 "go on with the methods it was filled with, or pass no cache"
             )
+        call.pixels = inputs.get("pixel_values")
         for method in self.active:
             method.start(call, self.processor)
+        call.pixels = None  # a cache keeps the call for as long as it lives
         return call
 
     def _question(

@@ -14,6 +14,7 @@ from vlm_attn.method import Method
 METHODS = {
     "agla": "vlm_attn.hallucination.agla:Agla",
     "bidirectional": "vlm_attn.hallucination.masks:Bidirectional",
+    "cdpruner": "vlm_attn.visual_token_ops.cdpruner:CDPruner",
     "croc": "vlm_attn.hallucination.masks:Croc",
     "divprune": "vlm_attn.visual_token_ops.divprune:DivPrune",
     "dola": "vlm_attn.hallucination.dola:Dola",
@@ -36,6 +37,7 @@ METHODS = {
     "pyramid_drop": "vlm_attn.visual_token_ops.pyramid_drop:PyramidDrop",
     "random": "vlm_attn.visual_token_ops.random:Random",
     "sparsevlm": "vlm_attn.visual_token_ops.sparsevlm:SparseVLM",
+    "trim": "vlm_attn.visual_token_ops.trim:Trim",
     "vaf": "vlm_attn.hallucination.vaf:Vaf",
     "var": "vlm_attn.hallucination.var:Var",
     "vcd": "vlm_attn.hallucination.vcd:Vcd",

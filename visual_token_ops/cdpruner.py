@@ -1,0 +1,66 @@
+"""CDPruner: a set of tokens that differ, given the question (arXiv 2506.10967)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_attn.reduction import Keep, Picture
+from vlm_attn.visual_token_ops.clip import ClipReducer
+from vlm_attn.visual_token_ops.divprune import cosine_distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class CDPruner(ClipReducer):
+    """Keep the likeliest set of a determinantal point process: relevant to the question, and different from each other.
+
+    Attributes:
+        keep: default 64 of 576, as a share.
+        clip: see :class:`~vlm_attn.visual_token_ops.clip.ClipReducer`.
+
+    The kernel is ``r_i cos(x_i, x_j) r_j`` over the projected features, with r the cosine of patch and question *negated*
+    and scaled to [0, 1] over the image, as the paper has it: single patches of CLIP are less like a text the more they show
+    of it. The set is found greedily (MAP). Deviation: the question goes through CLIP sentence by sentence.
+    """
+
+    name: ClassVar[str] = "cdpruner"
+    paper: ClassVar[str] = "CDPruner, arXiv 2506.10967"
+
+    keep: Keep = 1 / 9
+
+    def choose(self, picture: Picture) -> Tensor:
+        """The greedy set."""
+        relevance = scaled_to_one(-self.similarity(picture))
+        kernel = relevance[:, None] * (1 - cosine_distance(picture.tokens)) * relevance
+        return likeliest(kernel, picture.count)
+
+
+def scaled_to_one(values: Tensor) -> Tensor:
+    """``(v - min) / (max - min)``; what has no spread is 1. The least stays a little above 0, so that it can be chosen."""
+    low, high = values.min(), values.max()
+    return torch.where(high > low, (values - low + 1e-6) / (high - low).clamp_min(1e-6), 1.0)
+
+
+def likeliest(kernel: Tensor, count: int) -> Tensor:
+    """Greedy MAP of a determinantal point process: always the item that makes the determinant largest.
+
+    Args:
+        kernel: ``[n, n]`` positive semidefinite.
+        count: how many, at most n.
+
+    Returns:
+        ``[count]`` indices, ascending. Incremental Cholesky (arXiv 1709.05135), O(n count^2), float64.
+    """
+    kernel = kernel.double()
+    gain = kernel.diagonal().clone()  # how much each would multiply the determinant
+    rows = kernel.new_zeros(count, len(kernel))
+    chosen = []
+    for step in range(count):
+        best = gain.argmax()
+        chosen.append(best)
+        rows[step] = (kernel[best] - rows[:step, best] @ rows[:step]) / gain[best].clamp_min(1e-12).sqrt()
+        gain = (gain - rows[step].square()).index_fill(0, torch.stack(chosen), -torch.inf)
+    return torch.stack(chosen).sort().values
