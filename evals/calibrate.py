@@ -387,10 +387,10 @@ def check_table(check: dict[str, Any], chosen: str) -> Table:
 
 def interval(metric: dict[str, float | None]) -> str:
     """A value and its interval, signed."""
-    value, low, high = (
-        None if metric[key] is None else round(metric[key], 1) + 0.0 for key in ("value", "low", "high")
-    )
-    return f"{value:+.1f}" if low is None else f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    value, low, high = (round(metric[key] or 0.0, 1) + 0.0 for key in ("value", "low", "high"))
+    if metric["low"] is None:
+        return f"{value:+.1f}"
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def grid_table(metrics: dict[str, dict[str, Any]], chosen: str) -> Table:

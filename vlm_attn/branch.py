@@ -260,7 +260,7 @@ class Stream:
         common = (wanted[:, :, None] == mine[:, None]).cumprod(-1).sum(-1)  # [samples, row, row that it goes on from]
         length, source = common.max(-1)
         rows = source + torch.arange(self.samples, device=source.device)[:, None] * size[1]
-        self.cache.reorder_cache(rows.flatten())
+        self.cache.reorder_cache(rows.flatten())  # type: ignore[arg-type]
         keep = int(length.min())
         if known > keep:
             host.rewind(self.cache, known - keep)

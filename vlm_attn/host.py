@@ -201,9 +201,10 @@ class ShortLayer(DynamicLayer):
         super().__init__()
         self.is_sliding = layer.is_sliding
         self.dropped = 0
-        if layer.is_initialized:
-            self.dtype, self.device = layer.dtype, layer.device
-            self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
+        keys, values = layer.keys, layer.values
+        if layer.is_initialized and keys is not None and values is not None:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
 
     def get_seq_length(self) -> int:
         """Columns seen, dropped ones counted."""
