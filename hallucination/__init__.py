@@ -13,6 +13,7 @@ from vlm_attn.hallucination.pai import Pai
 from vlm_attn.hallucination.vaf import Vaf
 from vlm_attn.hallucination.var import Var
 from vlm_attn.hallucination.vcd import Vcd
+from vlm_attn.hallucination.vhr import Vhr
 
 __all__ = [
     "Agla",
@@ -31,5 +32,6 @@ __all__ = [
     "Vaf",
     "Var",
     "Vcd",
+    "Vhr",
     "VisionBlock",
 ]

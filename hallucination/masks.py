@@ -12,11 +12,11 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from vlm_attn.call import Call
 from vlm_attn.kernels import Edit, masks
-from vlm_attn.method import Method, ModelFacts
+from vlm_attn.method import Method
 
 
 @cache
@@ -38,11 +38,9 @@ class _PromptMask(Method):
         """The mask of the prompt."""
         return self.visible
 
-    def bind(self, facts: ModelFacts) -> Method:
-        """Say once that this is an experiment, unless the model was trained with it."""
-        if facts.trained_mask.replace("-", "_") != self.name:
-            _warn(self.name)
-        return self
+    def start(self, call: Call, processor: Any) -> None:
+        """Say once that this is an experiment on a stock model."""
+        _warn(self.name)
 
     def edit(self, call: Call, layer: int) -> Edit | None:
         """Nothing beside the mask."""

@@ -23,8 +23,8 @@ class Pai(Method):
         skip_first: do as the released code does with its guidance on: leave the prompt's last row alone and begin with the
             first generated token.
 
-    Rows: the last prompt token and all later ones. The guidance without the image that the paper adds on the logits is a
-    contrast of two streams, not part of this.
+    Rows: the last prompt token and all later ones. The paper's guidance by a second stream without the image is the method
+    ``guidance``: PAI as a whole is ``patch(model, ["pai", "guidance"])``, as released ``[Pai(skip_first=True), "guidance"]``.
     """
 
     name: ClassVar[str] = "pai"

@@ -13,6 +13,7 @@ from transformers import LogitsProcessor
 
 import vlm_attn
 from vlm_attn.hallucination import gift as gift_file
+from vlm_attn.hallucination import vhr as vhr_file
 from vlm_attn.hallucination.var import Var
 from vlm_attn.kernels import ScoreEdit
 
@@ -26,6 +27,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "pai": {"alpha": 0.5, "layers": (1, 2, 3)},
     "vaf": {"visual": 1.5, "system": 0.7, "layers": (0, 1, 2)},
     "head_guided": {"alpha": 1.2, "layers": (1, 2)},
+    "vhr": {"layers": (1, 2, 3)},
 }
 NEUTRAL = {
     "gift": {**ACTIVE["gift"], "alpha": 0.0},
@@ -33,6 +35,7 @@ NEUTRAL = {
     "pai": {"alpha": 0.0},
     "vaf": {"visual": 1.0, "system": 1.0},
     "head_guided": {"alpha": 0.0},
+    "vhr": {"alpha": 1.0},
 }
 # Logits of two float32 routes, relative to their scale: rounding gives 1e-6 to 1e-5, depending on the machine's matrix library;
 # what a method does is above 1e-3.
@@ -146,12 +149,27 @@ def margins() -> Iterator[Margins]:
         return read(self, hidden)
 
     score = ScoreEdit.__call__
+    outliers, upper_half = vhr_file.outliers, vhr_file.upper_half
+
+    def recorded_outliers(*sizes: Tensor) -> Tensor:
+        """A head tips over where the lesser of its two excesses changes sign."""
+        excess = [(x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) - 1 for x in sizes]
+        found.add(torch.minimum(*excess))
+        return outliers(*sizes)
+
+    def recorded_half(divergence: Tensor) -> Tensor:
+        ordered = divergence.sort(-1).values
+        middle = (ordered.shape[-1] - 1) // 2
+        found.add((ordered[..., middle + 1] - ordered[..., middle]) / ordered[..., -1])
+        return upper_half(divergence)
 
     def recorded_score(self: ScoreEdit, *args: Any, **kwargs: Any) -> Tensor:
         found.smooth = True
         return score(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vhr_file, "outliers", recorded_outliers)
+        patch.setattr(vhr_file, "upper_half", recorded_half)
         patch.setattr(ScoreEdit, "__call__", recorded_score)
         patch.setattr(gift_file, "top_heads", recorded_heads)
         patch.setattr(Var, "reweigh", recorded_gate)

@@ -6,6 +6,7 @@ straight to the implementation the model had.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from vlm_attn.kernels import attention_rows, edited_attention
 
 if TYPE_CHECKING:
     from vlm_attn.call import Call
-    from vlm_attn.engine import Engine
+    from vlm_attn.engine import Engine, Tap
 
 TAG = "_vlm_attn"
 ROWS_AT_ONCE = 64  # prompt rows edited per step: bounds the [B, H, rows, S] scores
@@ -77,6 +78,8 @@ def vlm_attention(
             tag.layer,
             lambda: attention_rows(query, key, mask=attention_mask, scale=scaling, softcap=kwargs.get("softcap")),
         )
+    if tag is not None and tag.engine.tap is not None:
+        return _tapped(tag, tag.engine.tap, plain, query, key, attention_mask, scaling, kwargs.get("softcap"))
     if tag is None or call is None or call.mode == "other":
         return plain()
     for name, what in REFUSED.items():
@@ -88,10 +91,14 @@ def vlm_attention(
     softcap = kwargs.get("softcap")
     shared: dict[str, Any] = {"scale": scale, "softcap": softcap}
 
+    def scaled(out: Tensor) -> Tensor:
+        factor = tag.engine.head_scale(call, tag.layer)
+        return out if factor is None else scale_heads(out, factor)
+
     if call.mode == "edited":
         edits = tag.engine.edits(call, tag.layer)
         if not edits and tag.engine.watch is None:
-            return plain()
+            return scaled(plain()[0]), None
         mask = attention_mask
         if mask is None and query.shape[2] > 1:
             mask = _causal(call, key, torch.arange(query.shape[2], device=query.device)[None])
@@ -133,7 +140,33 @@ def vlm_attention(
             ).transpose(1, 2)
             index = rows[:, :, None, None].expand_as(edited)
             out = out.scatter(1, index, torch.where(valid[:, :, None, None], edited, out.gather(1, index)))
-    return out, weights
+    return scaled(out), weights
+
+
+def scale_heads(out: Tensor, factor: Tensor) -> Tensor:
+    """``[B, Q, H, D]`` outputs of the heads times ``[B, H]``."""
+    return out * factor.to(out.dtype)[:, None, :, None]
+
+
+def _tapped(
+    tag: Tag,
+    tap: Tap,
+    plain: Callable[[], tuple[Tensor, Tensor | None]],
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The plain attention, shown to a method that looks at it before the prompt runs."""
+
+    def attend() -> Tensor:
+        last = None if mask is None else mask[:, :, -1:]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attention_rows(query[:, :, -1:], key, mask=last, scale=scale, softcap=softcap)
+
+    out, weights = plain()
+    return tap(tag.layer, out, attend), weights
 
 
 def _base_of(module: nn.Module) -> str:

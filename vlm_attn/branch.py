@@ -57,7 +57,10 @@ class Run:
         """The tensors the model's forward gets, positions left out (they follow from the mask)."""
         known = signature(type(self.model).forward).parameters
         given = {k: v for k, v in self.options.items() if isinstance(v, Tensor) and k in known and k != "position_ids"}
-        given["attention_mask"] = self.options.get("attention_mask", torch.ones_like(given["input_ids"]))
+        if given.get("attention_mask") is None:
+            tokens = given.get("input_ids", given.get("inputs_embeds"))
+            assert tokens is not None
+            given["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.long)
         return given
 
 

@@ -39,6 +39,7 @@ class Call:
         first: columns that were in the cache when the call began.
         earlier: the call that filled those columns, if it is known.
         edits: the edits of each layer from the end of the prompt on.
+        scales: the factors on every layer's heads, likewise.
         reduction: which columns are kept, while a method keeps fewer.
         ahead: the method for which a layer's attention is being read ahead.
         canvas: whether the answer is denoised (``vlm_attn.diffusion``), and not written token after token.
@@ -62,6 +63,7 @@ class Call:
     earlier: Call | None = None
     batch: int = 0
     edits: dict[int, list[Edit | ScoreEdit]] = field(default_factory=dict)
+    scales: dict[int, Tensor | None] = field(default_factory=dict)
     reduction: Reduction | None = None
     ahead: Reducer | None = None
     canvas: bool = False

@@ -9,6 +9,7 @@ once more.
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from vlm_attn.kernels.masks import Mask, materialise
 from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
 from vlm_attn.method import Method
 
+# (layer, out [B, Q, H, D], attention of the last row [B, H, 1, S] on demand) -> out
+Tap = Callable[[int, Tensor, Callable[[], Tensor]], Tensor]
 CACHE_NOTE = "_vlm_attn_call"  # a cache remembers the call that filled it, for decode loops and later turns
 
 
@@ -63,12 +66,14 @@ class Engine:
         self.see: Callable[..., None] | None = (
             None  # is shown a layer and what gives its attention, in a stream beside the call
         )
+        self.tap: Tap | None = None  # stands behind every layer's attention while the plain model is looked at
         self.call: Call | None = None
         self.spans: dict[str, Any] | None = None
         self.undo: list[Any] = []
         self.handles: list[Any] = []
         self.shadowed: dict[str, Any] = {}  # what others had bound to the model under the names that patch() binds
         self._pending: dict[str, Any] | None = None
+        self._aside: tuple[int, tuple[Method, ...]] | None = None  # a thread beside its own call, and its methods there
         self._depth = 0  # calls that are running, one inside the other
         self._bare = False  # whether a bare forward is running
         self._owner = 0  # the thread whose calls these are
@@ -79,8 +84,10 @@ class Engine:
             "call": None,
             "watch": None,
             "see": None,
+            "tap": None,
             "spans": None,
             "_pending": None,
+            "_aside": None,
             "_depth": 0,
             "_bare": False,
             "_owner": 0,
@@ -96,7 +103,9 @@ class Engine:
     @property
     def active(self) -> tuple[Method, ...]:
         """The methods that do something."""
-        return tuple(m for m in self.methods if self.force or not m.neutral)
+        beside = self._aside is not None and self._aside[0] == threading.get_ident()
+        methods = self._aside[1] if beside and self._aside else self.methods
+        return tuple(m for m in methods if self.force or not m.neutral)
 
     @property
     def splits(self) -> bool:
@@ -130,6 +139,16 @@ class Engine:
         if call.done:
             call.edits[layer] = edits
         return edits
+
+    def head_scale(self, call: Call, layer: int) -> Tensor | None:
+        """Factors ``[B, H]`` on the heads of a layer, the methods' together; None = 1."""
+        if layer in call.scales:
+            return call.scales[layer]
+        factors = [factor for m in call.methods if (factor := m.head_scale(call, layer)) is not None]
+        scale = math.prod(factors[1:], start=factors[0]) if factors else None
+        if call.done:
+            call.scales[layer] = scale
+        return scale
 
     # Calls
 
@@ -270,20 +289,32 @@ class Engine:
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             raise ValueError("a patched model generates from input_ids or inputs_embeds; neither was given")
         with self.running(inputs) as call:
+            self._rehearse(Run(self, model, call, inputs))
             decoding = next((m for m in self.active if isinstance(m, Decoding)), None)
             if decoding is None:
                 return stock(*args, **kwargs)
             with decoding.decoding(Run(self, model, call, inputs)) as changes:
                 return stock(*args, **{**kwargs, **changes})
 
+    def _rehearse(self, run: Run) -> None:
+        """What the methods want to see of the plain model before the prompt runs."""
+        for method in run.call.methods:
+            method.rehearse(run)
+
     @contextmanager
-    def aside(self, methods: Sequence[Method] = ()) -> Iterator[None]:
-        """Other runs of this model inside, with other methods (none: a second stream); nothing of them is noted in the call."""
-        before, self.call, self.methods = (self.call, self.methods), None, tuple(methods)
+    def aside(self, methods: Sequence[Method] = (), tap: Tap | None = None) -> Iterator[None]:
+        """Other runs of this model inside, with other methods (none: a second stream); nothing of them is noted in the call.
+
+        Args:
+            methods: those that this thread's runs apply; other threads wait for their turn, and have their own.
+            tap: gets the attention of every layer, and gives what goes on to the output projection.
+        """
+        before = self.call, self.tap, self._aside
+        self.call, self.tap, self._aside = None, tap, (threading.get_ident(), tuple(methods))
         try:
             yield
         finally:
-            self.call, self.methods = before
+            self.call, self.tap, self._aside = before
 
     # Hooks
 
@@ -308,13 +339,14 @@ class Engine:
                 self.call = known
             else:
                 self.call = self.build_call(inputs)
+                self._rehearse(Run(self, module, self.call, inputs))
         except BaseException:
             self._end_bare()
             raise
 
     def after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """End a bare forward (also after an exception, also after one that was refused before it began)."""
-        if self._bare and self._owner == threading.get_ident():
+        if self._bare and self._aside is None and self._owner == threading.get_ident():
             self._end_bare()
 
     def before_text(
@@ -457,6 +489,7 @@ class Engine:
             call.finish()
             # A compiled decode step must find what it needs, not build it inside its graph.
             for layer in range(len(self.text_model.layers)):  # type: ignore[arg-type]
+                self.head_scale(call, layer)
                 for edit in self.edits(call, layer):
                     if cache is not None:
                         edit.over(sum(host.key_window(cache, 1, layer)))

@@ -276,7 +276,7 @@ def prompt_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor:
 
     Args:
         model: the model.
-        inputs: the prompt's inputs, ``input_ids`` and ``attention_mask`` ``[B, L]`` among them.
+        inputs: the prompt's inputs, ``input_ids`` or ``inputs_embeds`` and ``attention_mask`` ``[B, L]`` among them.
 
     Returns:
         ``[B, L]``, or ``[4, B, L]`` (text, then time, height, width) under M-RoPE. What the host notes on the model about them
@@ -285,7 +285,8 @@ def prompt_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     holders = [module for module in model.modules() if hasattr(module, "rope_deltas")]
     noted = [module.rope_deltas for module in holders]
     try:
-        return model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        return model._prepare_position_ids_for_generation(tokens, dict(inputs))
     finally:
         for module, value in zip(holders, noted, strict=True):
             module.rope_deltas = value

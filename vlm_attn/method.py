@@ -12,6 +12,7 @@ from vlm_attn.kernels import Edit, ScoreEdit
 from vlm_attn.kernels.masks import Mask
 
 if TYPE_CHECKING:
+    from vlm_attn.branch import Run
     from vlm_attn.call import Call
 
 
@@ -25,7 +26,6 @@ class ModelFacts:
         heads: number of query heads.
         hidden: hidden size.
         causal: every row of every layer sees all earlier columns and no later one.
-        trained_mask: the prompt mask the model was trained with, as its config's ``trained_mask`` says.
     """
 
     model_type: str
@@ -33,7 +33,6 @@ class ModelFacts:
     heads: int
     hidden: int
     causal: bool = True
-    trained_mask: str = "causal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +87,20 @@ class Method:
         Raises:
             ValueError: the prompt lacks what the method needs.
         """
+
+    def rehearse(self, run: Run) -> None:
+        """Look at what the plain model does with the prompt before it runs edited, with ``run.engine.aside(tap=...)``.
+
+        Args:
+            run: the call about to begin; the method's own results go to ``run.call.memory(self)``.
+
+        Raises:
+            ValueError: the prompt lacks what the method needs.
+        """
+
+    def head_scale(self, call: Call, layer: int) -> Tensor | None:
+        """``[B, H]`` factors on the output of every head, in every row of a layer, before its output projection; None = 1."""
+        return None
 
     def read_rows(self, call: Call) -> Tensor:
         """``[B, R]`` prompt columns whose attention the method reads; -1 = none."""

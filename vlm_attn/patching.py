@@ -81,7 +81,6 @@ def patch(
         heads=text_config.num_attention_heads,
         hidden=text_config.hidden_size,
         causal=host.is_causal(text_config) and not family_of(top).prefix_lm,
-        trained_mask=getattr(top, "trained_mask", "causal"),
     )
     methods = resolve(method, parameters, top, facts, preset)
     reducers = [m for m in methods if isinstance(m, Reducer)]

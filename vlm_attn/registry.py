@@ -41,6 +41,7 @@ METHODS = {
     "vaf": "vlm_attn.hallucination.vaf:Vaf",
     "var": "vlm_attn.hallucination.var:Var",
     "vcd": "vlm_attn.hallucination.vcd:Vcd",
+    "vhr": "vlm_attn.hallucination.vhr:Vhr",
     "vision_block": "vlm_attn.hallucination.masks:VisionBlock",
     "visionzip": "vlm_attn.visual_token_ops.visionzip:VisionZip",
     "vscan": "vlm_attn.visual_token_ops.vscan:VScan",

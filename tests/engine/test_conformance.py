@@ -33,7 +33,7 @@ from tests.helpers import (
     stock,
 )
 from vlm_attn import host
-from vlm_attn.attention import edited_attention, vlm_attention
+from vlm_attn.attention import edited_attention, scale_heads, vlm_attention
 from vlm_attn.engine import CACHE_NOTE
 from vlm_attn.patching import engine_of
 from vlm_attn.registry import method_class
@@ -75,14 +75,19 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def edits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every edited attention call."""
+    """Rows of every edited attention call, and of every one whose heads are scaled."""
     calls: list[int] = []
 
     def counted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         calls.append(query.shape[2])
         return edited_attention(query, *args, **kwargs)
 
+    def scaled(out: Tensor, factor: Tensor) -> Tensor:
+        calls.append(out.shape[1])
+        return scale_heads(out, factor)
+
     monkeypatch.setattr("vlm_attn.attention.edited_attention", counted)
+    monkeypatch.setattr("vlm_attn.attention.scale_heads", scaled)
     return calls
 
 

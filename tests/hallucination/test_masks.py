@@ -190,20 +190,18 @@ def test_refusals() -> None:
         assert not vlm_attn.is_patched(built(other)[0])
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_the_caveat_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_the_caveat_is_said_once() -> None:
     model, inputs = built("llava")
     masks._warn.cache_clear()
-    with pytest.warns(UserWarning, match="prefix_lm: this mask belongs to models that were trained with it"):
-        vlm_attn.patch(model, "prefix_lm")
-    logits(model, inputs(PROMPTS))
-    vlm_attn.unpatch(model)
-    with vlm_attn.patched(model, "prefix_lm"):
-        logits(model, inputs(PROMPTS))
-    masks._warn.cache_clear()
-    monkeypatch.setattr(model.config, "trained_mask", "prefix-lm", raising=False)
-    with vlm_attn.patched(model, "prefix_lm"):  # nothing to say to a model that was trained with it
-        logits(model, inputs(PROMPTS))
+    with vlm_attn.patched(model, "mma"):
+        with pytest.warns(UserWarning, match="mma: this mask belongs to models that were trained with it"):
+            logits(model, inputs(PROMPTS))
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            logits(model, inputs(PROMPTS))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 import vlm_attn
 from tests import tiny
-from tests.helpers import ACTIVE, Inputs, close, differ, generate, logits, on, same
+from tests.helpers import ACTIVE, Force, Inputs, close, differ, generate, logits, on, same
 from tests.oracle import oracle
-from vlm_attn.hallucination import HeadGuided, Pai, Vaf
+from vlm_attn.hallucination import Guidance, HeadGuided, Pai, Vaf
 from vlm_attn.kernels import ScoreEdit
 from vlm_attn.method import ModelFacts
 from vlm_attn.patching import engine_of
@@ -201,6 +202,24 @@ class TestTogether:
         for method in ("pai", "gift"):
             with on(model, method):
                 differ(logits(model, x)[:, -1], both)
+
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_with_guidance(self, setting: Any, skip: bool) -> None:
+        """PAI as a whole: the stream with the image is edited, the one without it is the plain model's."""
+        model, _ = setting
+        x = tiny.llava()[1]([[3, "image", 9]], seed=2)
+        pai = Pai(alpha=0.5, skip_first=skip)
+        with vlm_attn.patched(model, [pai, Guidance(gamma=2.0, beta=0.0)]), torch.no_grad():
+            out = model.generate(
+                **x, max_new_tokens=5, do_sample=False, output_scores=True, return_dict_in_generate=True
+            )  # fmt: skip
+        new = out.sequences[:, -5:]
+        force = LogitsProcessorList([Force(new, x["input_ids"].shape[1])])
+        with vlm_attn.patched(model, pai):
+            seen = generate(model, x, new=5, logits_processor=force)[1].log_softmax(-1)
+        ids = torch.cat([x["input_ids"][x["input_ids"] != tiny.IMAGE][None], new], 1)
+        blind = logits(model, {"input_ids": ids})[:, -6:-1].log_softmax(-1).transpose(0, 1)
+        close(torch.stack(out.scores), (2 * (seen - blind) + blind).log_softmax(-1))
 
     def test_with_fewer_tokens(self, setting: Any) -> None:
         """Dropped tokens take their weight with them: dropping is masking."""
