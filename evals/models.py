@@ -1,4 +1,4 @@
-"""Load a vision-language model and its processor by one name: ``scenes``, a folder, or a hub id."""
+"""Load a vision-language model and its processor by one name: ``scenes``, ``scenes-diffusion``, a folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 SCENES = "scenes"
+BUNDLED = {SCENES: "ar", "scenes-diffusion": "diffusion"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -38,7 +39,7 @@ def load_model(
     """Load a model for generation, and its processor with padding on the left.
 
     Args:
-        name: ``"scenes"`` for the bundled model, else a folder or a hub id that
+        name: ``"scenes"`` or ``"scenes-diffusion"`` for a bundled model, else a folder or a hub id that
             ``AutoModelForImageTextToText`` loads. Only safetensors weights are read.
         device: ``"auto"``, or a torch device such as ``"cpu"`` or ``"cuda:1"``.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; ``"auto"``: float32 on a CPU, else what the
@@ -56,10 +57,10 @@ def load_model(
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     device = pick_device(device)
     source = name
-    if name == SCENES:
+    if name in BUNDLED:
         from vlm_attn.evals.scenes import model_path
 
-        source = str(model_path())
+        source = str(model_path(BUNDLED[name]))
     elif (folder := Path(name).expanduser()).exists():
         source = str(folder)
         if not (folder / "config.json").is_file():
@@ -92,7 +93,7 @@ def _check_hub(name: str) -> None:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    expected = f"expected {SCENES!r}, a folder made by save_pretrained, or a hub id"
+    expected = f"expected {' or '.join(map(repr, BUNDLED))}, a folder made by save_pretrained, or a hub id"
     try:
         if huggingface_hub.try_to_load_from_cache(name, "config.json") is None:
             huggingface_hub.model_info(name, timeout=10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -44,10 +44,46 @@ def build_inputs(model: Any, processor: Any, images: Sequence[Image.Image], text
     return inputs.to(model.device, model.dtype)
 
 
+def denoising(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a masked-diffusion model is to write; None for a model that writes token after token.
+
+    Args:
+        model: the model.
+        given: options of `vlm_attn.diffusion.generate` that are not None. Others: 32 positions in one block, half as
+            many steps, and the prefix cache.
+
+    Raises:
+        ValueError: options for a model that has no denoising steps.
+    """
+    options = {name: value for name, value in given.items() if value is not None}
+    if getattr(model.config, "mask_token_id", None) is None:
+        if options:
+            names = ", ".join("--" + name.replace("_", "-") for name in options)
+            raise ValueError(f"{names}: this model writes token after token; try --model scenes-diffusion")
+        return None
+    length = options.setdefault("gen_length", 32)
+    if "threshold" not in options:
+        options.setdefault("steps", max(1, length // 2))
+    return {"block_length": length, "cache": "prefix", **options}
+
+
 def generate(
-    model: Any, processor: Any, images: Sequence[Image.Image], texts: Sequence[str], max_new_tokens: int
+    model: Any,
+    processor: Any,
+    images: Sequence[Image.Image],
+    texts: Sequence[str],
+    max_new_tokens: int,
+    denoise: Mapping[str, Any] | None = None,
 ) -> tuple[list[str], int]:
     """Greedy answers to a batch of (image, text) pairs.
+
+    Args:
+        model: the model, patched or not.
+        processor: the model's.
+        images: one picture per row.
+        texts: one user text per row.
+        max_new_tokens: length limit of a model that writes token after token.
+        denoise: options of `vlm_attn.diffusion.generate` for a model that does not; from :func:`denoising`.
 
     Returns:
         the answers, stripped of special tokens and outer white space, and how many tokens were generated
@@ -57,6 +93,14 @@ def generate(
 
     inputs = build_inputs(model, processor, images, texts)
     tokenizer = processor.tokenizer
+    if denoise is None:
+        denoise = denoising(model, {})
+    if denoise is not None:
+        from vlm_attn import diffusion
+
+        written = diffusion.generate(model, inputs, **denoise).answers
+        answers = processor.batch_decode(written, skip_special_tokens=True)
+        return [answer.strip() for answer in answers], sum(map(len, written))
     with torch.inference_mode():
         output = model.generate(
             **inputs,

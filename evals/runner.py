@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_attn.evals.models import weights_hash
-from vlm_attn.evals.prompts import generate
+from vlm_attn.evals.prompts import denoising, generate
 from vlm_attn.evals.specs import MethodSpec
 from vlm_attn.evals.tasks import Task, image_ids_hash
 
@@ -148,6 +148,7 @@ def run(
     seed: int = 0,
     batch_size: int = 8,
     out: str | Path | None = None,
+    denoise: dict[str, Any] | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate every method on a task and return the content of ``results.json``.
@@ -164,6 +165,7 @@ def run(
         seed: recorded; the task has already used it.
         batch_size: rows of one ``generate`` call.
         out: results folder, made if needed; None: nothing is written.
+        denoise: how a masked-diffusion model writes, from `vlm_attn.evals.prompts.denoising`; default: its defaults.
         progress: called with (method label, number of samples just finished), at first with what an earlier
             run had finished.
 
@@ -174,6 +176,7 @@ def run(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
     folder = Path(out) if out is not None else None
+    denoise = denoise or denoising(model, {})
     config = {
         "eval": task.name,
         "model": model_name,
@@ -187,7 +190,7 @@ def run(
         "seed": seed,
         "batch_size": batch_size,
         "max_new_tokens": task.max_new_tokens,
-        "decoding": "greedy",
+        "decoding": "greedy" if denoise is None else {"masked diffusion": denoise},
         **task.config,
     }
     size = len(task.samples)
@@ -250,6 +253,7 @@ def run(
                         [load_image(sample.image_id) for sample in batch],
                         [sample.prompt for sample in batch],
                         task.max_new_tokens,
+                        denoise,
                     )
                     tokens += count
                     store.append(

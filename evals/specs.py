@@ -90,6 +90,13 @@ def parse_value(text: str) -> Any:
     return text
 
 
+def with_pruning(methods: Sequence[str], prune: str | None) -> list[str]:
+    """The runs with a method beside each that keeps fewer visual tokens."""
+    if prune is None:
+        return list(methods)
+    return [prune if label == BASELINE else f"{label}+{prune}" for label in methods]
+
+
 def parse_specs(methods: Sequence[str], params: Sequence[str] = (), preset: str | None = None) -> list[MethodSpec]:
     """Runs from ``--method`` and ``--param`` values.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vlm_attn.diffusion import Work
+
 
 def layer_flops(
     rows: int,
@@ -73,3 +75,44 @@ def prefill_flops(config: Any, columns: Sequence[int], images: int) -> int:
         for n in columns
     )
     return images * (tower + projector) + decoder + 2 * text.hidden_size * text.vocab_size
+
+
+def denoising_flops(config: Any, work: Sequence[Work], images: int) -> int:
+    """Operations of a denoised answer of a LLaVA-shaped model, pixels included.
+
+    Args:
+        config: a LLaVA config.
+        work: of `vlm_attn.diffusion.Output`.
+        images: number of images.
+    """
+    text = config.text_config
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    total = prefill_flops(config, [], images) - 2 * text.hidden_size * text.vocab_size
+    for forward in work:
+        total += 2 * forward.logits * text.hidden_size * text.vocab_size
+        total += 2 * forward.compared * text.hidden_size * size * text.num_key_value_heads * text.num_hidden_layers
+        prompt = forward.rows == forward.keys  # only then visual tokens are among the rows
+        for gone in forward.gone or [0] * text.num_hidden_layers:
+            total += layer_flops(
+                forward.rows - gone * prompt,
+                forward.keys - gone,
+                hidden=text.hidden_size,
+                intermediate=text.intermediate_size,
+                heads=text.num_attention_heads,
+                kv_heads=text.num_key_value_heads,
+                head_dim=size,
+                causal=False,
+            )
+    return total
+
+
+def study_flops(layers: int, hidden: int, intermediate: int, active: Sequence[int]) -> int:
+    """The count of the visual-redundancy study (arXiv 2511.15098), for parity with it only: multiply-adds, a two-matrix MLP.
+
+    Args:
+        layers: L.
+        hidden: d.
+        intermediate: m.
+        active: n_s, the tokens that run at every step.
+    """
+    return layers * sum(4 * n * hidden**2 + 2 * n**2 * hidden + 2 * n * hidden * intermediate for n in active)

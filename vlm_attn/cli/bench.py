@@ -62,3 +62,12 @@ def bench_tokens(context: typer.Context) -> None:
     Example: [b]vlm-attn bench tokens --help[/b]
     """
     _benchmark("tokens", context.args)
+
+
+@bench_app.command("diffusion", **_OWN_OPTIONS)
+def bench_diffusion(context: typer.Context) -> None:
+    """What caches, parallel decoding and pruning do for masked-diffusion models, in one run.
+
+    Example: [b]vlm-attn bench diffusion --help[/b]
+    """
+    _benchmark("diffusion", context.args)

@@ -95,7 +95,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="[b]scenes[/b] (the small bundled model, no download), a folder, or a hub id such as "
+        help="[b]scenes[/b] (the small bundled model, no download), [b]scenes-diffusion[/b], a folder, or a hub id such as "
         "llava-hf/llava-1.5-7b-hf.",
     ),
 ]
@@ -121,6 +121,26 @@ Preset = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its code.")]
+_DENOISING: dict[str, Any] = {"rich_help_panel": "Masked-diffusion models"}
+Prune = Annotated[
+    str | None, typer.Option(help="Beside every run: a method that keeps fewer visual tokens, for example divprune.")
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default="half the length", **_DENOISING)]
+GenLength = Annotated[int | None, typer.Option(help="Positions of the answer.", show_default="32", **_DENOISING)]
+BlockLength = Annotated[
+    int | None, typer.Option(help="Positions that are filled together.", show_default="all", **_DENOISING)
+]
+Cache = Annotated[
+    str | None, typer.Option(help="none, prefix, block, dual or delayed.", show_default="prefix", **_DENOISING)
+]
+Threshold = Annotated[float | None, typer.Option(help="Write all positions of this probability at once.", **_DENOISING)]
+Remasking = Annotated[
+    str | None,
+    typer.Option(help="low_confidence, random, entropy or margin.", show_default="low_confidence", **_DENOISING),
+]
+Schedule = Annotated[
+    str | None, typer.Option(help="linear, dream, or a shift such as 0.33.", show_default="linear", **_DENOISING)
+]
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="what the task needs")
 ]
@@ -152,3 +172,15 @@ def write_json(path: Path, content: Any) -> None:
 def main() -> None:
     """Entry point of the console script."""
     app()
+
+
+def usual(model: str, *methods: str) -> list[str]:
+    """The runs without --method; constants of gift and var are not known for the diffusion sibling."""
+    return [methods[0]] if model == "scenes-diffusion" else list(methods)
+
+
+def denoising(model: Any, **given: Any) -> Any:
+    """How a masked-diffusion model writes, checked; None for other models."""
+    if given["schedule"] is not None:
+        given["schedule"] = evals_module("specs").parse_value(given["schedule"])
+    return evals_module("prompts").denoising(model, given)

@@ -10,19 +10,29 @@ from typing import Annotated, Any
 import typer
 
 from vlm_attn.cli.common import (
+    BlockLength,
+    Cache,
     Device,
     Dtype,
+    GenLength,
     MaxNewTokens,
     Method,
     Model,
     Param,
     Preset,
+    Prune,
+    Remasking,
+    Schedule,
+    Steps,
+    Threshold,
     TrustRemoteCode,
     app,
     console_of,
+    denoising,
     evals_module,
     help_without_command,
     quiet_libraries,
+    usual,
     write_json,
 )
 
@@ -86,6 +96,14 @@ def evaluate(
         typer.Option(help="What to ask; for POPE with {question} in it.", show_default="the protocol's"),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
+    prune: Prune = None,
+    steps: Steps = None,
+    gen_length: GenLength = None,
+    block_length: BlockLength = None,
+    cache: Cache = None,
+    threshold: Threshold = None,
+    remasking: Remasking = None,
+    schedule: Schedule = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json_file: Annotated[
@@ -103,7 +121,8 @@ def evaluate(
     Ctrl-C keeps what is finished; the same command goes on from there when it has --out.
     """
     names = list(dict.fromkeys(name.value for name in evals))
-    specs = evals_module("specs").parse_specs(method or ["baseline", "gift", "var"], param or [], preset)
+    runs = evals_module("specs").with_pruning(method or usual(model, "baseline", "gift", "var"), prune)
+    specs = evals_module("specs").parse_specs(runs, param or [], preset)
     dataset = _dataset(data, split)
     tasks = []
     for name in names:
@@ -126,6 +145,16 @@ def evaluate(
     console = console_of(stderr=str(json_file) == "-")
     with console.status(f"Loading {model} ..."):
         loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
+    denoise = denoising(
+        loaded,
+        steps=steps,
+        gen_length=gen_length,
+        block_length=block_length,
+        cache=cache,
+        threshold=threshold,
+        remasking=remasking,
+        schedule=schedule,
+    )
 
     finished = []
     for task in tasks:
@@ -138,8 +167,9 @@ def evaluate(
             processor,
             model_name=model,
             seed=seed,
-            batch_size=batch_size or (32 if model == "scenes" else 8),
+            batch_size=batch_size or (32 if model.startswith("scenes") else 8),
             out=folder,
+            denoise=denoise,
         )
         finished.append(results)
         _print_results(console, results, folder)

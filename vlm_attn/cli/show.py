@@ -13,18 +13,28 @@ from typing import Annotated, Any
 import typer
 
 from vlm_attn.cli.common import (
+    BlockLength,
+    Cache,
     Device,
     Dtype,
+    GenLength,
     MaxNewTokens,
     Method,
     Model,
     Param,
     Preset,
+    Prune,
+    Remasking,
+    Schedule,
+    Steps,
+    Threshold,
     TrustRemoteCode,
     app,
     console_of,
+    denoising,
     evals_module,
     quiet_libraries,
+    usual,
     write_json,
 )
 
@@ -86,6 +96,14 @@ def caption(
     preset: Preset = None,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "Please describe this image in detail.",
     max_new_tokens: MaxNewTokens = None,
+    prune: Prune = None,
+    steps: Steps = None,
+    gen_length: GenLength = None,
+    block_length: BlockLength = None,
+    cache: Cache = None,
+    threshold: Threshold = None,
+    remasking: Remasking = None,
+    schedule: Schedule = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write captions here; - is the screen.")
     ] = None,
@@ -104,19 +122,32 @@ def caption(
     Where the objects in a picture are known, named objects that are not in it are marked red.
     """
     opened = _open_images(images)
-    specs = evals_module("specs").parse_specs(method or ["baseline", "gift"], param or [], preset)
+    runs = evals_module("specs").with_pruning(method or usual(model, "baseline", "gift"), prune)
+    specs = evals_module("specs").parse_specs(runs, param or [], preset)
     quiet_libraries()
     console = console_of(stderr=str(json_file) == "-")
     with console.status(f"Loading {model} ..."):
         loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
-    longest = max_new_tokens or (64 if model == "scenes" else 256)
+    denoise = denoising(
+        loaded,
+        steps=steps,
+        gen_length=gen_length,
+        block_length=block_length,
+        cache=cache,
+        threshold=threshold,
+        remasking=remasking,
+        schedule=schedule,
+    )
+    longest = max_new_tokens or (64 if model.startswith("scenes") else 256)
     records: list[dict[str, Any]] = []
     try:
         for name, image, objects in opened:
             rows: list[dict[str, Any]] = []
             for spec in specs:
                 with console.status(f"{name}: {spec.label} ..."), spec.applied(loaded, processor):
-                    answers, tokens = evals_module("prompts").generate(loaded, processor, [image], [prompt], longest)
+                    answers, tokens = evals_module("prompts").generate(
+                        loaded, processor, [image], [prompt], longest, denoise
+                    )
                 row = {"image": name, "method": spec.label, "caption": answers[0], "tokens": tokens}
                 if objects is not None:
                     row |= {"objects": objects, "hallucinated": _hallucinated(answers[0], objects)}

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from vlm_attn import host
 from vlm_attn.branch import Decoding
 from vlm_attn.diffusion import sampling
-from vlm_attn.diffusion.streams import DelayedStream, Stream
-from vlm_attn.families import family_of, image_token_ids
+from vlm_attn.diffusion.streams import DelayedStream, Stream, Work, image_ids
+from vlm_attn.families import family_of
 from vlm_attn.kernels import Group, masks
 from vlm_attn.patching import engine_of, find_decoder, is_patched
 
@@ -76,7 +76,7 @@ class Canvas:
         block: index of the block.
         step: number of steps done, this one included.
         forwards: forwards of the model so far.
-        work: per forward ``(rows, keys)`` of one sample and one layer, for counting FLOPs.
+        work: what each forward ran, for counting FLOPs.
     """
 
     tokens: Tensor
@@ -85,7 +85,7 @@ class Canvas:
     block: int
     step: int
     forwards: int
-    work: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    work: tuple[Work, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Output:
     answers: list[list[int]]
     steps: int
     forwards: int
-    work: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    work: tuple[Work, ...] = field(default=(), repr=False)
 
 
 def generate(
@@ -298,7 +298,7 @@ def resolve(model: Any, inputs: Mapping[str, Any], settings: Settings) -> Settin
     eos = s.eos_id if s.eos_id is not None else getattr(generation, "eos_token_id", None) or text.eos_token_id
     eos = eos[0] if isinstance(eos, list | tuple) else eos
     real = {"end": eos, "padding": text.pad_token_id, "begin": text.bos_token_id}
-    real |= {"image": image_token_ids(config)[0]}
+    real |= {"image": next(iter(image_ids(config)), None)}
     for name, value in real.items():
         if value == mask_id:
             raise ValueError(f"mask_id={mask_id} is the {name} token: the mask needs a token of its own")

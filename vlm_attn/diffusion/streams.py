@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,29 @@ if TYPE_CHECKING:
     from vlm_attn.engine import Engine
 
 
+class Work(NamedTuple):
+    """What one forward ran, of one sample.
+
+    Attributes:
+        rows: rows that ran.
+        keys: keys they attended to.
+        logits: rows whose logits were computed.
+        gone: per layer, visual tokens that were not there; none where nothing is pruned.
+        compared: rows whose values alone were recomputed, to see how far they moved.
+    """
+
+    rows: int
+    keys: int
+    logits: int
+    gone: tuple[int, ...] = ()
+    compared: int = 0
+
+
 class Stream:
     """One prompt with its canvas. The caches are rules for which columns run; they then overwrite their keys and values.
 
     Attributes:
-        work: ``(rows, keys)`` of every forward.
+        work: of every forward.
         frozen: whether no prompt token sees the answer: its keys and values then never change.
     """
 
@@ -60,7 +78,7 @@ class Stream:
         self.embeds: Tensor | None = None  # of the prompt, once it has run
         self.known: Tensor | None = None  # [B, 1 + L, V] logits of the last prompt row and the canvas
         self.cache: Any = None if settings.cache == "none" else host.slot_cache(config)
-        self.work: list[tuple[int, int]] = []
+        self.work: list[Work] = []
         if call is not None:
             call.whole = bool(visible[..., : self.start - 1, self.start - 1].any())
 
@@ -125,17 +143,29 @@ class Stream:
             self.known = logits.new_zeros(len(logits), 1 + self.settings.gen_length, logits.shape[-1])
         end = stop - self.start + 1
         self.known[:, end - logits.shape[1] : end] = logits
-        self.work.append((stop - first, keys))
+        state = self.call.reduction if self.call is not None else None
+        gone = tuple(state.layers[i].dropped for i in range(len(self.layers))) if state is not None else ()
+        self.work.append(Work(stop - first, keys, logits.shape[1], gone))
 
     def _remember(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep the prompt's embeddings, images merged in, the first time it runs."""
         if self.embeds is None:
-            self.embeds = kwargs["inputs_embeds"][:, : self.start]
+            embeds = kwargs.get("inputs_embeds")  # a model without images leaves the embedding to its text model
+            embeds = module.get_input_embeddings()(kwargs["input_ids"]) if embeds is None else embeds
+            self.embeds = embeds[:, : self.start]
+
+
+def image_ids(config: Any) -> tuple[int, ...]:
+    """Ids of image tokens; none for a model whose pictures are ordinary tokens (MMaDA)."""
+    try:
+        return image_token_ids(config)
+    except NotImplementedError:
+        return ()
 
 
 def _layout(model: Any, ids: Tensor, shown: Tensor) -> Tensor:
     """Groups ``[B, P]`` of a prompt, as far as it can be told without its template."""
-    visual = visual_columns(ids, image_token_ids(model.config))
+    visual = visual_columns(ids, image_ids(model.config))
     query, role = [], []
     for row in range(len(ids)):
         pad = int((shown[row] == 0).sum())
@@ -235,7 +265,8 @@ class DelayedStream(Stream):
         assert self.known is not None
         logits = self.model.get_output_embeddings()(last)
         self.known[:, -logits.shape[1] :] = logits
-        self.work.append((ran, self.total))
+        compared = 0 if answer else self.total - self.start
+        self.work.append(Work(ran, self.total, logits.shape[1], compared=compared))
 
     def _moved(self, layer: Any, index: int, normed: Tensor, count: int) -> Tensor:
         """``[B, count]`` the answer tokens whose value moved most, ascending."""
