@@ -100,7 +100,7 @@ class Opera(Decoding):
         if not generation_config.return_dict_in_generate:
             return sequences
         scores = torch.tensor([score for score, _ in found], device=sequences.device)
-        return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
+        return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)  # type: ignore[arg-type]
 
     def penalty(self, trust: Tensor, image: Tensor, length: int) -> Tensor:
         """``[n]`` highest log column products, ``[n]`` attention on the image, to what is taken off each candidate's logit."""
@@ -162,7 +162,8 @@ class Search:
         device, count = self.ids.device, self.beams
         empty = torch.empty(count, 0, device=device)
         score = torch.tensor([0.0] + [-1e9] * (count - 1), device=device)
-        state, history = Beams(empty.long(), score, empty, empty.long()), []
+        state = Beams(empty.long(), score, empty, empty.long())
+        history: list[Beams] = []
         logits = self.ahead(state.tokens)[0]
         while True:
             n = state.tokens.shape[1]

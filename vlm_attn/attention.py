@@ -72,11 +72,12 @@ def vlm_attention(
         base = host.base_attention(module, tag.base if tag is not None else _base_of(module))
         return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = tag.engine.call if tag is not None else None
     if tag is not None and call is None and tag.engine.see is not None:
         tag.engine.see(
             tag.layer,
-            lambda: attention_rows(query, key, mask=attention_mask, scale=scaling, softcap=kwargs.get("softcap")),
+            lambda: attention_rows(query, key, mask=attention_mask, scale=scale, softcap=kwargs.get("softcap")),
         )
     if tag is not None and tag.engine.tap is not None:
         return _tapped(tag, tag.engine.tap, plain, query, key, attention_mask, scaling, kwargs.get("softcap"))
@@ -87,7 +88,6 @@ def vlm_attention(
             raise NotImplementedError(f"vlm_attn cannot edit attention with {what} ({name}=)")
     if dropout:
         raise NotImplementedError("vlm_attn edits attention at inference only: call model.eval()")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = kwargs.get("softcap")
     shared: dict[str, Any] = {"scale": scale, "softcap": softcap}
 

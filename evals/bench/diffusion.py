@@ -94,9 +94,12 @@ def speed(
             shuffle.shuffle(order)
             for name in order:
                 with _applied(model, compared[name]):
-                    options = {"steps": steps, "gen_length": length, "block_length": block, "attention": attention}
+                    sizes: dict[str, Any] = {"steps": steps, "gen_length": length, "block_length": block}
+                    options = {**sizes, "attention": attention, **compared[name][2]}
                     begin = now()
-                    out = diffusion.generate(model, inputs, mask_id=31998, eos_id=-1, **options, **compared[name][2])
+                    out = diffusion.generate(
+                        model, inputs, mask_id=31998, eos_id=-1, attention=attention, **options, **compared[name][2]
+                    )
                     if device.startswith("cuda"):
                         torch.cuda.synchronize()
                     runs[name].append(now() - begin)
@@ -133,7 +136,9 @@ def quality(names: list[str], *, steps: int, length: int, limit: int, model: str
             scores: dict[str, Any] = {}
             with _applied(loaded, variant):
                 for task in (chair, pope):
-                    records, forwards, tokens = [], [], []
+                    records: list[Any] = []
+                    forwards: list[int] = []
+                    tokens: list[int] = []
                     size = 1 if task is chair else 32  # of a batch, forwards are those of its slowest row
                     for start in range(0, len(task.samples), size):
                         batch = task.samples[start : start + size]
@@ -207,8 +212,14 @@ def denoise(
     console = Console(width=max(Console().width, 120))
     chosen = variant or scored
     if part != "quality":
-        shape = {"layers": layers, "hidden": hidden, "steps": steps, "length": length, "block": block}
-        settings = {**shape, "attention": attention, "repeats": repeats, "device": device, "dtype": dtype, "seed": seed}
+        settings: dict[str, Any] = {
+            "layers": layers,
+            "hidden": hidden,
+            "steps": steps,
+            "length": length,
+            "block": block,
+        }
+        settings |= {"attention": attention, "repeats": repeats, "device": device, "dtype": dtype, "seed": seed}
         names = list(dict.fromkeys(["none", *(n for n in chosen if n in timed)]))
         clock = time.process_time if cpu_time else time.perf_counter
         result["speed"] = {"config": settings, **speed(names, **settings, now=clock)}

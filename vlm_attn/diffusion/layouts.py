@@ -178,7 +178,7 @@ def load(
         model: Any = LlavaForConditionalGeneration(config)
     else:
         text.update(told)
-        model = LlamaForCausalLM(text)
+        model = LlamaForCausalLM(text)  # type: ignore[arg-type]
     wanted = model.state_dict()
     inner = "model.vision_tower.vision_model."  # older releases of the host have one module more
     if any(key.startswith(inner) for key in wanted):
