@@ -132,7 +132,7 @@ class Call:
         return rows.clamp(0, self.length - 1), (rows >= 0) & (rows < self.length)
 
     def vision(self, image: int, layer: int) -> tuple[Tensor, Tensor]:
-        """What was read of a layer of the vision tower at one image of the prompt.
+        """What was read of a layer of the vision tower at one image of the prompt: ``[tiles, T]`` and ``[tiles, T, d]``.
 
         Raises:
             ValueError: the tower has not run in this call (``inputs_embeds``).
@@ -143,12 +143,13 @@ class Call:
                 "pass pixel_values, not inputs_embeds"
             )
         parts = [torch.cat(part) for part in zip(*self.seen[layer], strict=True)]
-        images = range(len(self.prompt.images))
-        shown = [n for n in images if self.prompt.images[n].start >= self.first]  # this turn's
-        if len(parts[0]) % len(shown) or (len(parts[0]) == len(images) and image not in shown):
-            shown = list(images)
-        times = len(parts[0]) // len(shown)  # some hosts run the tower once per beam
-        cls, keys = (part[shown.index(image) * times] for part in parts)
+        tiles = {n: span.tiles for n, span in enumerate(self.prompt.images)}
+        shown = {n: tiles[n] for n in tiles if self.prompt.images[n].start >= self.first}  # this turn's
+        if len(parts[0]) % sum(shown.values()) or (len(parts[0]) == sum(tiles.values()) and image not in shown):
+            shown = tiles
+        times = len(parts[0]) // sum(shown.values())  # some hosts run the tower once per beam
+        start = times * sum(count for n, count in shown.items() if n < image)
+        cls, keys = (part[start : start + shown[image]] for part in parts)
         return cls, keys
 
     def rows(self, method: Method) -> dict[int, Tensor]:

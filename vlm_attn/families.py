@@ -10,10 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from vlm_attn import host
 from vlm_attn.layout import ImageSpan, Span
 
 # (config, call inputs, row-major index of the image, tokens of the run) -> grid and index of its first token
 Grid = tuple[tuple[int, int], int]
+Size = tuple[int, int]
 GridRule = Callable[[Any, Mapping[str, Any], int, int], Grid]
 
 
@@ -62,6 +67,14 @@ def _tiles(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> G
     return ((side, side), tokens - side * side) if side * side <= tokens else ((1, tokens), 0)
 
 
+def _one(config: Any, tokens: int, size: Size | None) -> int:
+    return 1
+
+
+def _as_they_are(config: Any, values: Tensor, size: Size | None) -> Tensor:
+    return values[0]
+
+
 @dataclass(frozen=True)
 class Family:
     """Facts of one model family.
@@ -72,7 +85,9 @@ class Family:
         prefix_lm: prompt rows see the whole prompt, so the last token is run again instead of being split off.
         reducible: its decoder layers are known to take fewer rows (positions and masks come as arguments, nothing else runs
             along the sequence).
-        cls: attention modules of a vision tower whose CLS token stands first and whose patches are the image's tokens.
+        cls: attention modules of a vision tower whose CLS token stands first.
+        tiles: how many pictures the tower sees of an image of so many tokens and of that size.
+        place: numbers ``[tiles, patches, d]`` of an image's patches as numbers ``[tokens, d]`` of its tokens.
     """
 
     grid: GridRule = _no_grid
@@ -80,6 +95,8 @@ class Family:
     prefix_lm: bool = False
     reducible: bool = False
     cls: Callable[[Any], Sequence[Any]] | None = None
+    tiles: Callable[[Any, int, Size | None], int] = _one
+    place: Callable[[Any, Tensor, Size | None], Tensor] = _as_they_are
 
 
 def _clip_tokens(config: Any, inputs: Mapping[str, Any]) -> int | None:
@@ -96,13 +113,48 @@ def _clip_attention(model: Any) -> list[Any]:
     return [m for name, m in tower.named_modules() if name.endswith("self_attn")]
 
 
+def _internvl_attention(model: Any) -> list[Any]:
+    tower = next(m for name, m in model.named_modules() if name.split(".")[-1] == "vision_tower")
+    return [m for name, m in tower.named_modules() if name.endswith(".attention")]
+
+
+def _internvl_tiles(config: Any, tokens: int, size: Size | None) -> int:
+    (side, _), first = _tiles(config, {}, 0, tokens)
+    return first // (side * side) + 1
+
+
+def _shuffled(config: Any, values: Tensor, size: Size | None) -> Tensor:
+    """InternVL puts neighbouring patches into one token: their mean."""
+    side = round(values.shape[1] ** 0.5)
+    grid = values.transpose(1, 2).unflatten(2, (side, side))
+    return nn.functional.avg_pool2d(grid, round(1 / config.downsample_ratio)).flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def _anyres_tiles(config: Any, tokens: int, size: Size | None) -> int:
+    if size is None:
+        return 1
+    rows, columns = host.tile_grid(config, size)
+    return rows * columns + 1
+
+
+def _anyres(config: Any, values: Tensor, size: Size | None) -> Tensor:
+    """LLaVA-NeXT: the overview, then the tiles' rows without their padding, each with a newline token: it has zeros."""
+    newline = values.new_zeros(1, values.shape[2])
+    if len(values) == 1 or size is None:
+        return torch.cat([values[0], newline])
+    side = round(values.shape[1] ** 0.5)
+    rows = values[1:].unflatten(0, host.tile_grid(config, size)).unflatten(2, (side, side))
+    picture = host.without_padding(rows.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3), size)
+    return torch.cat([values[0], nn.functional.pad(picture, (0, 1)).flatten(1).T])
+
+
 # Model type -> facts. Adding a family is one row.
 FAMILIES: dict[str, Family] = {
     "llava": Family(grid=_llava, tokens_per_image=_clip_tokens, reducible=True, cls=_clip_attention),
-    "llava_next": Family(grid=_overview_first, reducible=True),
+    "llava_next": Family(grid=_overview_first, reducible=True, cls=_clip_attention, tiles=_anyres_tiles, place=_anyres),
     "qwen2_vl": Family(grid=_thw, reducible=True),
     "qwen2_5_vl": Family(grid=_thw, reducible=True),
-    "internvl": Family(grid=_tiles, reducible=True),
+    "internvl": Family(grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled),
     "gemma3": Family(grid=_square, reducible=True),
     "paligemma": Family(grid=_square, tokens_per_image=_clip_tokens, prefix_lm=True, reducible=True),
 }
@@ -168,7 +220,7 @@ def cls_attention_module(model: Any, config: Any, layer: int, method: str) -> An
         known = ", ".join(name for name, family in FAMILIES.items() if family.cls is not None)
         raise NotImplementedError(
             f"{method} ranks tokens by the attention of the vision tower's CLS token, which model type "
-            f"{config.model_type!r} lacks or does not hand on patch by patch. Known: {known} with a CLIP tower"
+            f"{config.model_type!r} lacks or does not hand on patch by patch. Known: {known}, with a tower that has one"
         )
     if layer >= 0:
         return modules[layer * len(modules) // 24]
@@ -187,11 +239,17 @@ def split_images(config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[s
     family = family_of(config)
     size = family.tokens_per_image(config, inputs) if family.tokens_per_image else None
     images: list[ImageSpan] = []
+    sizes = inputs.get("image_sizes")
+    sizes = [] if sizes is None else [(int(h), int(w)) for h, w in sizes]
+    earlier = max(0, sum(map(len, spans)) - len(sizes))  # pictures of earlier turns, where only the new ones are given
     for row, row_spans in enumerate(spans):
         for start, stop in row_spans:
             whole = size is not None and (stop - start) % size == 0
             step = size if whole and size is not None else stop - start
             for first in range(start, stop, step):
                 grid, offset = family.grid(config, inputs, len(images), step)
-                images.append(ImageSpan(row, first, first + step, grid, offset))
+                known = len(images) - earlier if size is None else -1
+                pixels = sizes[known] if 0 <= known < len(sizes) else None
+                tiles = family.tiles(config, step, pixels)
+                images.append(ImageSpan(row, first, first + step, grid, offset, tiles, pixels))
     return tuple(images)

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 # Versions the tests run against; a newer one warns once, it is not refused.
 TESTED = ("5.17", "5.24")
@@ -290,6 +291,20 @@ def prompt_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     finally:
         for module, value in zip(holders, noted, strict=True):
             module.rope_deltas = value
+
+
+# Tiles of LLaVA-NeXT
+
+
+def tile_grid(config: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the tiles that a picture of ``(height, width)`` pixels is cut into."""
+    rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    return int(rows), int(columns)
+
+
+def without_padding(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[d, H, W]`` over the tiles, without what was padded around a picture of ``(height, width)`` pixels."""
+    return unpad_image(picture, size)
 
 
 # Arguments

@@ -28,6 +28,8 @@ class ImageSpan:
         stop: one past the last column.
         grid: ``(h, w)`` of the tokens that form a picture, ``(1, n)`` where the family has no grid.
         first: index of the first grid token inside the image's tokens (an overview may stand before or behind tiles).
+        tiles: how many pictures the vision tower sees of it.
+        size: ``(height, width)`` of the picture in pixels, where the processor says it.
     """
 
     row: int
@@ -35,6 +37,8 @@ class ImageSpan:
     stop: int
     grid: tuple[int, int]
     first: int = 0
+    tiles: int = 1
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

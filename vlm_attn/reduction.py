@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn import host
+from vlm_attn.families import family_of
 from vlm_attn.kernels import Edit, ScoreEdit
 from vlm_attn.layout import ImageSpan
 from vlm_attn.method import Method, ModelFacts
@@ -440,7 +441,7 @@ def _reduce(
             if method.reads_ahead:
                 _look_ahead(engine, call, state, module, method, layer, hidden, kwargs)
             rows = call.rows(method).get(layer if method.reads_ahead else layer - 1)
-            hidden = _choose(call, state, method, stage, hidden, rows)
+            hidden = _choose(engine, call, state, method, stage, hidden, rows)
             if state.drop:
                 hidden = _gather(call, state, hidden)
     return _bypass(call, state, layer, hidden)
@@ -468,7 +469,9 @@ def _bypass(call: Call, state: Reduction, layer: int, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _choose(call: Call, state: Reduction, method: Reducer, stage: int, hidden: Tensor, rows: Tensor | None) -> Tensor:
+def _choose(
+    engine: Engine, call: Call, state: Reduction, method: Reducer, stage: int, hidden: Tensor, rows: Tensor | None
+) -> Tensor:
     """One reducer, image by image. Marks what goes in ``state.visible``; returns the hidden states, merged ones in place."""
     times = len(hidden) // call.prompt.batch  # beams are alike while the prompt runs
     state.visible = state.visible.clone()  # layers below keep theirs
@@ -480,7 +483,7 @@ def _choose(call: Call, state: Reduction, method: Reducer, stage: int, hidden: T
         columns = columns[state.visible[row, columns]]
         index = _place(state, row, columns - call.first)
         places = columns - image.start
-        seen = [call.vision(number, layer) for layer in method.cls_layers]
+        seen = [on_tokens(engine.model_config, image, *call.vision(number, layer)) for layer in method.cls_layers]
         text = call.prompt.text_after_image[image.row].nonzero().flatten()
         picture = Picture(
             tokens=hidden[row, index],
@@ -707,18 +710,36 @@ class VisionHook:
         call.seen.setdefault(self.layer, []).append(cls_attention(module, hidden))
 
 
+def on_tokens(config: Any, image: ImageSpan, cls: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """What was read of an image's patches, ``[tiles, T]`` and ``[tiles, T, d]``, for its tokens: ``[n]`` and ``[n, d]``.
+
+    Raises:
+        ValueError: the tower's patches are not the image's tokens.
+    """
+    place = family_of(config).place
+    one, other = place(config, cls[..., None], image.size)[:, 0], place(config, keys, image.size)
+    if len(one) != image.stop - image.start:
+        raise ValueError(
+            f"the vision tower's patches make {len(one)} tokens, the image at columns {image.start}..{image.stop - 1} of row "
+            f"{image.row} has {image.stop - image.start}: pass image_sizes as the processor returns them"
+        )
+    return one, other
+
+
 def cls_attention(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What the CLS token of a CLIP attention module looks at.
+    """What the CLS token of an attention module of CLIP's shape looks at.
 
     Args:
-        module: with ``q_proj``, ``k_proj``, ``head_dim`` and ``scale``.
+        module: with ``q_proj``, ``k_proj``, ``num_heads``, ``head_dim`` and ``scale``, and norms of both where it has them.
         hidden: ``[N, 1 + T, D]`` its input, CLS first.
 
     Returns:
         ``[N, T]`` attention of CLS to the patches, mean of the heads, and ``[N, T, d]`` keys, mean of the heads.
     """
     split = (len(hidden), -1, module.num_heads, module.head_dim)
-    query = module.q_proj(hidden[:, :1]).view(split).transpose(1, 2)
-    key = module.k_proj(hidden).view(split).transpose(1, 2)
+    query, key = module.q_proj(hidden[:, :1]), module.k_proj(hidden)
+    if hasattr(module, "q_norm"):
+        query, key = module.q_norm(query), module.k_norm(key)
+    query, key = query.view(split).transpose(1, 2), key.view(split).transpose(1, 2)
     attention = torch.softmax((query @ key.transpose(2, 3)).float() * module.scale, -1)
     return attention[:, :, 0, 1:].mean(1), key[:, :, 1:].float().mean(1)

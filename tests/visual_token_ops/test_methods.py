@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from tests import tiny
-from tests.helpers import Inputs, close
+from tests.helpers import Inputs, close, differ
+from vlm_attn.families import FAMILIES, cls_attention_module
+from vlm_attn.layout import ImageSpan
 from vlm_attn.method import ModelFacts
-from vlm_attn.reduction import Picture, cls_attention, highest, kept_count, scaled
+from vlm_attn.reduction import Picture, cls_attention, highest, kept_count, on_tokens, scaled
 from vlm_attn.visual_token_ops import (
     VTW,
     DivPrune,
@@ -267,6 +269,84 @@ class TestBeforeTheModel:
         assert seen[0][1].shape == (1, 9, 8)
 
 
+class TestTiles:
+    """What the tower says of patches, where patches are not the image's tokens."""
+
+    @pytest.mark.parametrize("size", [(16, 16), (9, 16), (16, 5)])
+    def test_llava_next_packs_as_the_model_does(self, size: tuple[int, int]) -> None:
+        model, _ = tiny.llava_next()
+        keys = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0))
+        sizes = torch.tensor([size])
+        (wanted,), _ = model.model.pack_image_features([keys], sizes, "default", image_newline=torch.zeros(3))
+        image = ImageSpan(0, 2, 2 + len(wanted), (2, 2), 0, 5, size)
+        cls, placed = on_tokens(model.config, image, keys[..., 0], keys)
+        assert torch.equal(placed, wanted)
+        assert torch.equal(cls, wanted[:, 0])
+        with pytest.raises(ValueError, match=f"make {len(wanted)} tokens"):
+            on_tokens(model.config, ImageSpan(0, 2, 9, (2, 2), 0, 5, size), keys[..., 0], keys)
+
+    def test_llava_next_without_tiles(self) -> None:
+        model, _ = tiny.llava_next()
+        cls = torch.rand(1, 4)
+        found, _ = on_tokens(model.config, ImageSpan(0, 0, 5, (2, 2)), cls, cls[..., None])
+        assert found.tolist() == [*cls[0].tolist(), 0.0]
+
+    def test_internvl_averages_what_the_model_puts_together(self) -> None:
+        model, _ = tiny.internvl()
+        cls = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+        wanted = model.model.pixel_shuffle(cls.view(3, 4, 4, 1), scale_factor=0.5).mean(-1).flatten()
+        found, keys = on_tokens(model.config, ImageSpan(0, 0, 12, (2, 2), 8, 3), cls, cls[..., None].expand(-1, -1, 2))
+        close(found, wanted)
+        close(keys, wanted[:, None].expand(-1, 2))
+        assert FAMILIES["internvl"].tiles(model.config, 12, None) == 3
+
+    @pytest.mark.parametrize("family", ["llava_next", "internvl"])
+    def test_every_image_its_own(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The tower of every picture alone, against a batch of them."""
+        import vlm_attn
+
+        model, inputs = tiny.FAMILIES[family]()
+        x = inputs([[3, "image", 4], [2, "image", 5, "image", 6]], seed=1)
+        if family == "internvl":  # two tiles to each picture
+            ids = x["input_ids"]
+            there = [[t for i in row for t in ([i, i] if i == tiny.IMAGE else [i])] for row in ids.tolist()]
+            wide = max(map(len, there))
+            there = [[tiny.PAD] * (wide - len(row)) + row for row in there]
+            ids = torch.tensor(there)
+            pixels = torch.randn(6, *x["pixel_values"].shape[1:], generator=torch.Generator().manual_seed(5))
+            x = {"input_ids": ids, "attention_mask": (ids != tiny.PAD).long(), "pixel_values": pixels}
+        seen: list[Tensor] = []
+        choose = PruMerge.choose
+        monkeypatch.setattr(PruMerge, "choose", lambda self, p: (seen.append(p.cls), choose(self, p))[1])
+        with vlm_attn.patched(model, PruMerge(keep=0.5)), torch.no_grad():
+            model(**x)
+            batch, number = list(seen), 0
+            tiles = 2 if family == "internvl" else 1  # entries of pixel_values to a picture
+            for image in range(3):
+                seen.clear()
+                one = inputs([[3, "image", 4]])
+                one = {**one, "pixel_values": x["pixel_values"][image * tiles : (image + 1) * tiles]}
+                if family == "internvl":
+                    row = [t for i in one["input_ids"][0].tolist() for t in ([i, i] if i == tiny.IMAGE else [i])]
+                    one["input_ids"], one["attention_mask"] = torch.tensor([row]), torch.ones(1, len(row))
+                model(**one)
+                close(batch[image], seen[0])
+                number += 1
+        assert number == len(batch)
+        differ(batch[0], batch[1])
+
+    def test_internvl_attention_is_the_towers_own(self) -> None:
+        model, inputs = tiny.internvl()
+        tower = model.model.vision_tower
+        tower.set_attn_implementation("eager")
+        found = []
+        module = cls_attention_module(model, model.config, 0, "visionzip")
+        module.register_forward_hook(lambda m, args, out: found.extend([cls_attention(m, args[0])[0], out[1]]))
+        with torch.no_grad():
+            tower(inputs([[1, "image", 2]])["pixel_values"])
+        close(found[0], found[1][:, :, 0, 1:].mean(1))
+
+
 class TestInside:
     def test_fastv_is_the_mean_over_heads(self) -> None:
         p = picture()
@@ -349,7 +429,7 @@ class TestWrongInput:
             cls(**parameters)
 
     @pytest.mark.parametrize("method", [VisionZip(), PruMerge(), HoloV(), VScan()])
-    @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "llava_next"])
+    @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "paligemma"])
     def test_no_cls_token(self, method: Any, family: str) -> None:
         import vlm_attn
 

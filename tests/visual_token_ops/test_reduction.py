@@ -35,6 +35,7 @@ from vlm_attn.visual_token_ops import (
 )
 
 SEED = 1
+CLS = ("llava", "llava_next", "internvl")
 IMAGES = (1, 2, 3)
 PROMPTS = [[3, "image", 7], [1, "image", 4, "image", 6], [2, "image", 3, "image", 2, "image", 9]]
 REDUCERS: dict[str, Callable[..., Reducer]] = {
@@ -73,6 +74,7 @@ PAIRS = [("llava", name) for name in REDUCERS]
 PAIRS += [
     (family, name) for family in tiny.FAMILIES if family != "llava" for name in ("downsample", "fastv", "sparsevlm")
 ]
+PAIRS += [(family, name) for family in CLS[1:] for name in ("visionzip", "vscan")]
 some = pytest.mark.parametrize(("family", "name"), PAIRS, indirect=True, ids=map("-".join, PAIRS))
 
 
@@ -80,7 +82,7 @@ def reducer(name: str, family: tiny.Built | None = None, **options: Any) -> Redu
     if name == "downsample" and family is not None and family[0].config.model_type == "llava_next":
         pytest.skip("tiles and newline tokens form no single grid")
     method = REDUCERS[name](**options)
-    if method.cls_layers and family is not None and family[0].config.model_type != "llava":
+    if method.cls_layers and family is not None and family[0].config.model_type not in CLS:
         pytest.skip("no CLS token to read")
     return method
 
