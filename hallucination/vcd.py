@@ -40,8 +40,9 @@ class Vcd(Contrastive):
         super().__post_init__()
         for field, high in (("noise_step", STEPS - 1), ("seed", 2**63 - 1)):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
+            if isinstance(value, bool) or value != int(value) or not 0 <= value <= high:
                 raise ValueError(f"vcd: {field}={value!r} is no integer in [0, {high}]")
+            object.__setattr__(self, field, int(value))
 
     def second(self, run: Run) -> dict[str, Tensor]:
         """The same prompt with noisy pictures."""

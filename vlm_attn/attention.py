@@ -74,6 +74,7 @@ def vlm_attention(
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = tag.engine.call if tag is not None else None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if tag is not None and call is None and tag.engine.see is not None:
         tag.engine.see(
             tag.layer,
