@@ -7,7 +7,7 @@ from types import ModuleType
 
 #: What each extra of ``pip install "vlm-attn[...]"`` brings (module names) and what it is for.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
-    "evals": (("pycocotools", "scipy", "matplotlib", "simplemma"), "vlm-attn eval and score: CHAIR and POPE"),
+    "evals": (("pycocotools", "scipy", "matplotlib", "simplemma", "accelerate"), "vlm-attn eval, score and report"),
     "demo": (("gradio", "simplemma"), "vlm-attn demo: the browser demo"),
     "clip": (("open_clip", "timm", "torchvision"), "CLIP scores and saliency from a CLIP model"),
 }

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def build_questions(
     images: int | None = 500,
     per_image: int = 3,
     seed: int = 0,
+    image_ids: Sequence[int] | None = None,
 ) -> list[Question]:
     """Draw questions by the official rules; all splits ask about the same images.
 
@@ -62,6 +64,7 @@ def build_questions(
         images: how many images to draw; None: all that have enough objects.
         per_image: positive questions per image, and as many negative ones.
         seed: of the drawing.
+        image_ids: ask about these, in this order, in place of drawing; those with too few objects are left out.
 
     Raises:
         ValueError: an unknown split, no image with enough objects, or too few categories for the negatives.
@@ -82,7 +85,8 @@ def build_questions(
     popular = sorted(frequency, key=lambda name: (-frequency[name], name))
     neighbours = {name: sorted(count, key=lambda other: (-count[other], other)) for name, count in beside.items()}
 
-    suitable = [image_id for image_id, names in objects.items() if len(names) >= per_image]
+    candidates = objects if image_ids is None else image_ids
+    suitable = [image_id for image_id in candidates if len(objects[image_id]) >= per_image]
     if not suitable:
         raise ValueError(f"{dataset.name}: no image has {per_image} objects, so POPE cannot ask about any")
     crowded = max(len(objects[image_id]) for image_id in suitable)
@@ -90,7 +94,10 @@ def build_questions(
         raise ValueError(
             f"{dataset.name}: only {len(popular)} categories occur, too few for {per_image} absent objects"
         )
-    drawn = random.Random(seed).sample(suitable, min(images or len(suitable), len(suitable)))
+    if image_ids is not None:
+        drawn = suitable[:images]
+    else:
+        drawn = random.Random(seed).sample(suitable, min(images or len(suitable), len(suitable)))
 
     questions = []
     for split in splits:
@@ -109,6 +116,12 @@ def build_questions(
     return questions
 
 
+def image_number(name: Any) -> int | None:
+    """The number an image's name ends in: ``COCO_val2014_000000310196.jpg`` -> 310196; None where there is none."""
+    found = re.search(r"(\d+)(\.\w+)?$", str(name))
+    return int(found.group(1)) if found else None
+
+
 def read_questions(path: str | Path, split: str | None = None) -> list[Question]:
     """Read an official question file: JSON lines (or one JSON array) of ``image``, ``text``, ``label``.
 
@@ -123,16 +136,22 @@ def read_questions(path: str | Path, split: str | None = None) -> list[Question]
     split = split or next((name for name in SPLITS if name in path.stem), path.stem)
     questions = []
     for number, record in enumerate(read_jsonl(path), start=1):
-        image = re.search(r"(\d+)(\.\w+)?$", str(record.get("image", "")))
+        image = image_number(record.get("image", ""))
         label = str(record.get("label", "")).strip().lower()
         if image is None or not record.get("text") or label not in ("yes", "no"):
             raise ValueError(
                 f"{path}, record {number}: needs 'image' (ending in the image's number), 'text', "
                 f"and 'label' yes or no; got {str(record)[:80]}"
             )
-        questions.append(Question(int(image.group(1)), str(record["text"]), label, split))
+        questions.append(Question(image, str(record["text"]), label, split))
     if not questions:
         raise ValueError(f"{path}: holds no questions")
+    yes = sum(question.label == "yes" for question in questions)
+    if 2 * yes != len(questions):
+        older = ": the older random list, with 90 questions missing" if len(questions) == 2910 else ""
+        warnings.warn(
+            f"{path}: {yes} of {len(questions)} answers are yes; official lists are half and half{older}", stacklevel=2
+        )
     return questions
 
 
@@ -185,6 +204,21 @@ def get_parser(name: str) -> Callable[[str, str], str | None]:
     if name not in PARSERS:
         raise ValueError(f"parser {name!r}: expected one of {', '.join(PARSERS)}")
     return PARSERS[name]
+
+
+def score(answer: str, label: str, parse: Callable[[str, str], str | None]) -> dict[str, Any]:
+    """One answer: what it says, whether that is right, and whether it says anything."""
+    prediction = parse(answer, label)
+    return {"prediction": prediction, "correct": prediction == label, "unparsed": is_unparsed(answer)}
+
+
+def by_split(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A run's records, each once for every split it belongs to, as `columns_of` and `summarise` read them."""
+    return [
+        {**record, "split": split, "prediction": record["score"]["prediction"]}
+        for record in records
+        for split in record["splits"]
+    ]
 
 
 def is_unparsed(answer: str) -> bool:

@@ -1,7 +1,9 @@
 """Run methods over an evaluation: resumable, one line per sample, one JSON of results.
 
 Batches are cut from the full ordered list of samples, and whole batches are what is written and resumed, so a
-resumed run equals a plain one in everything but the ``environment`` field (time, host).
+resumed run equals a plain one in everything but the ``environment`` field (time, host). Under ``torchrun`` or ``accelerate
+launch`` every process takes every n-th batch and the first one writes, in the order of the list. Sharing among
+processes has no test yet.
 
 A results folder holds
 
@@ -9,22 +11,28 @@ A results folder holds
   ``answer``, ``score`` and facts of the sample; lines are flushed to disk batch by batch;
 * ``results.json``: ``schema_version, status, eval, config, versions, device, seed, prompt, image_ids_sha256,
   parser, counts, metrics, environment``; metrics are ``{"value", "low", "high"}`` with 95 % intervals,
-  percentages in percent.
+  percentages in percent;
+* ``image_ids.txt``: the images, one id per line, as ``--ids`` takes them;
+* ``.lock``: held while a run writes here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from vlm_attn.evals.models import weights_hash
+from vlm_attn.evals.processes import Processes
 from vlm_attn.evals.prompts import denoising, generate
 from vlm_attn.evals.specs import MethodSpec
 from vlm_attn.evals.tasks import Task, image_ids_hash
@@ -74,7 +82,23 @@ class _Store:
         self.folder = folder
         self.records: list[dict[str, Any]] = []
 
-    def resume(self, config: dict[str, Any], expected: Sequence[tuple[str, int]], batch: Sequence[int]) -> None:
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
+        """Keep other runs out of the folder; the system lets go of it when this process ends, however it ends.
+
+        Raises:
+            ValueError: another run is writing there.
+        """
+        if self.folder is None:
+            return contextlib.nullcontext()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return FileLock(self.folder / ".lock").acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"{self.folder}: another run is writing there; wait for it, or choose another --out"
+            ) from error
+
+    def resume(self, config: Mapping[str, Any], expected: Sequence[tuple[str, int]], batch: Sequence[int]) -> None:
         """Load what an earlier run with the same config finished.
 
         Args:
@@ -97,7 +121,7 @@ class _Store:
             earlier = {**content["config"], **{key: content[key] for key in TOP_LEVEL}}
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(f"{results}: not a results file of vlm-attn; choose another --out") from error
-        wanted = json.loads(json.dumps(config))
+        wanted = json.loads(json.dumps(dict(config)))
         changed = [key for key in {**wanted, **earlier} if earlier.get(key) != wanted.get(key)]
         if changed:
             # A hash says little to a reader: named only where nothing else differs.
@@ -154,7 +178,8 @@ def run(
     """Evaluate every method on a task and return the content of ``results.json``.
 
     Ctrl-C ends the run early: what is finished is scored, written and returned with status ``interrupted``.
-    The same call later goes on where it stopped.
+    The same call later goes on where it stopped. In several processes (`Processes`) the first one gets the results,
+    the others only their status.
 
     Args:
         task: from `vlm_attn.evals.tasks`.
@@ -170,12 +195,11 @@ def run(
             run had finished.
 
     Raises:
-        ValueError: ``out`` holds a run with another config.
+        ValueError: ``out`` holds a run with another config, or another run is writing there.
         ValueError, TypeError, NotImplementedError: a method cannot be applied to this model; before any run.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
-    folder = Path(out) if out is not None else None
     denoise = denoise or denoising(model, {})
     config = {
         "eval": task.name,
@@ -193,6 +217,26 @@ def run(
         "decoding": "greedy" if denoise is None else {"masked diffusion": denoise},
         **task.config,
     }
+    processes = Processes()
+    store = _Store(Path(out) if out is not None else None)
+    with contextlib.ExitStack() as held:
+        processes.on_first(lambda: held.enter_context(store.lock()) and None)
+        return _run(task, specs, model, processor, config, processes, store, batch_size, progress, denoise)
+
+
+def _run(
+    task: Task,
+    specs: Sequence[MethodSpec],
+    model: Any,
+    processor: Any,
+    config: Mapping[str, Any],
+    processes: Processes,
+    store: _Store,
+    batch_size: int,
+    progress: Callable[[str, int], None] | None,
+    denoise: dict[str, Any] | None,
+) -> dict[str, Any]:
+    folder = store.folder
     size = len(task.samples)
     starts = range(0, size, batch_size)
     expected = [(spec.label, place) for spec in specs for place in range(size)]
@@ -201,8 +245,12 @@ def run(
         for row in range(len(specs))
         for end in [0, *(min(start + batch_size, size) for start in starts)]
     ]
-    store = _Store(folder)
-    store.resume(config, expected, whole)
+
+    def begin() -> int:
+        store.resume(config, expected, whole)
+        return len(store.records)
+
+    finished_before = processes.on_first(begin)
     clock = time.perf_counter()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     speed: dict[str, dict[str, float]] = {}
@@ -222,6 +270,7 @@ def run(
                 "started": started,
                 "seconds": round(time.perf_counter() - clock, 3),
                 "speed": speed,
+                "processes": processes.count,
                 "platform": platform.platform(),
                 "device": _device_name(model),
             },
@@ -232,54 +281,72 @@ def run(
             write_json(folder / "results.json", content)
         return content
 
-    if len(store.records) < len(expected) and folder is not None:
+    if processes.first and finished_before < len(expected) and folder is not None:
+        _replace(folder / "image_ids.txt", "".join(f"{image}\n" for image in task.image_ids))
         results("running")
     status = "failed"
     load_image = functools.lru_cache(maxsize=2 * batch_size)(task.dataset.load_image)
+
+    def attempt(spec: MethodSpec, starts: Sequence[int]) -> tuple[list[dict[str, Any]], int, Exception | None]:
+        """Records and tokens of the batches that begin at ``starts``; an error is handed on, so that all processes end."""
+        records: list[dict[str, Any]] = []
+        tokens = 0
+        try:
+            for start in starts:
+                batch = task.samples[start : start + batch_size]
+                images = [load_image(sample.image_id) for sample in batch]
+                prompts = [sample.prompt for sample in batch]
+                answers, count = generate(model, processor, images, prompts, task.max_new_tokens, denoise)
+                tokens += count
+                records += [
+                    {
+                        "method": spec.label,
+                        "sample": start + offset,
+                        "image_id": sample.image_id,
+                        **sample.facts,
+                        "answer": answer,
+                        "score": task.score(sample, answer),
+                    }
+                    for offset, (sample, answer) in enumerate(zip(batch, answers, strict=True))
+                ]
+        except Exception as error:
+            return [], tokens, error
+        return records, tokens, None
+
     try:
         for row, spec in enumerate(specs):
-            done = min(max(len(store.records) - row * size, 0), size)
+            done = min(max(finished_before - row * size, 0), size)
             if progress is not None:
                 progress(spec.label, done)
             if done == size:
                 continue
+            starts_left = range(done, size, batch_size)
             with spec.applied(model, processor):
-                begin, tokens = time.perf_counter(), 0
-                for start in range(done, size, batch_size):
-                    batch = task.samples[start : start + batch_size]
-                    answers, count = generate(
-                        model,
-                        processor,
-                        [load_image(sample.image_id) for sample in batch],
-                        [sample.prompt for sample in batch],
-                        task.max_new_tokens,
-                        denoise,
-                    )
-                    tokens += count
-                    store.append(
-                        [
-                            {
-                                "method": spec.label,
-                                "sample": start + offset,
-                                "image_id": sample.image_id,
-                                **sample.facts,
-                                "answer": answer,
-                                "score": task.score(sample, answer),
-                            }
-                            for offset, (sample, answer) in enumerate(zip(batch, answers, strict=True))
-                        ]
-                    )
-                    seconds = time.perf_counter() - begin
-                    speed[spec.label] = {"samples": start + len(batch) - done, "seconds": round(seconds, 3)}
-                    speed[spec.label]["tokens_per_second"] = round(tokens / seconds, 1)
-                    if progress is not None:
-                        progress(spec.label, len(batch))
+                begun, tokens = time.perf_counter(), 0
+                for turn in range(0, len(starts_left), processes.count):
+                    mine = starts_left[turn + processes.rank :][:1]
+                    for records, count, error in processes.gather(attempt(spec, mine)):
+                        if error is not None:
+                            raise error
+                        tokens += count
+                        if not records:  # the last turn may have fewer batches than there are processes
+                            continue
+                        if processes.first:
+                            store.append(records)
+                        seconds = time.perf_counter() - begun
+                        speed[spec.label] = {
+                            "samples": records[-1]["sample"] + 1 - done,
+                            "seconds": round(seconds, 3),
+                            "tokens_per_second": round(tokens / seconds, 1),
+                        }
+                        if progress is not None:
+                            progress(spec.label, len(records))
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
     finally:
         # Also after an error: what is finished stays readable, and the same command can go on.
-        content = results(status)
+        content = results(status) if processes.first else {"status": status}
     return content
 
 

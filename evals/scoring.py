@@ -1,13 +1,14 @@
-"""Score captions that exist already: no model, no pictures."""
+"""Score answers that exist already: no model, no pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_attn.evals import chair
+from vlm_attn.evals import chair, pope
 from vlm_attn.evals._extras import require
-from vlm_attn.evals.coco import CocoDataset
+from vlm_attn.evals.coco import CocoDataset, read_jsonl
 from vlm_attn.evals.runner import SCHEMA_VERSION, versions
 from vlm_attn.evals.tasks import image_ids_hash
 
@@ -75,3 +76,109 @@ def score_chair(
         "metrics": {label: {variant: chair.summarise([sample["score"] for sample in samples])}},
         "samples": samples,
     }
+
+
+def score_pope(answers: str | Path, questions: Sequence[str | Path], *, parser: str = "official") -> dict[str, Any]:
+    """POPE of a file of answers.
+
+    Args:
+        answers: JSON lines with ``answer`` (or ``text``) and either ``question_id``, where there is one file of
+            questions, or ``image`` (or ``image_id``) and ``question``; without any of them, answers are taken in
+            the order of the questions, of which there must be as many.
+        questions: official files, one per split.
+        parser: one of `pope.PARSERS`.
+
+    Returns:
+        The fields of a results file. Questions without an answer and answers without a question are counted in
+        ``counts`` (``unanswered``, ``skipped``).
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is missing or malformed, a question answered twice, an unknown
+            parser, or no answer to any question.
+    """
+    require("scipy")
+    parse = pope.get_parser(parser)
+    asked = [question for file in questions for question in pope.read_questions(file)]
+    records = read_jsonl(answers)
+    if not records:
+        raise ValueError(f"{answers}: holds no answers")
+    given: dict[Any, str] = {}
+    keyed = _answer_key(records[0], 0)[0]
+    if keyed == "question_id" and len(questions) > 1:
+        raise ValueError(f"{answers}: question_id is ambiguous over {len(questions)} question files; score one by one")
+    if keyed == "place" and len(records) != len(asked):
+        raise ValueError(
+            f"{answers}: {len(records)} answers without question_id or image and question, "
+            f"but {len(asked)} questions: cannot tell which belongs to which"
+        )
+    for number, record in enumerate(records):
+        key = _answer_key(record, number)
+        text = record.get("answer", record.get("text"))
+        if not isinstance(text, str) or key[0] != keyed:
+            raise ValueError(f"{answers}, record {number + 1}: needs 'answer' (a text) and the same keys as the first")
+        if key in given:
+            raise ValueError(f"{answers}, record {number + 1}: a second answer to {' '.join(map(str, key[1:]))}")
+        given[key] = text
+    ids = _question_ids(questions[0]) if keyed == "question_id" else []
+    samples, used = [], set()
+    for place, question in enumerate(asked):
+        key = {
+            "question_id": lambda place=place: ("question_id", ids[place]),
+            "question": lambda question=question: ("question", question.image_id, _plain(question.text)),
+            "place": lambda place=place: ("place", place),
+        }[keyed]()
+        if key in given:
+            used.add(key)
+            samples.append(
+                {
+                    "image_id": question.image_id,
+                    "question": question.text,
+                    "label": question.label,
+                    "splits": [question.split],
+                    "answer": given[key],
+                    "score": pope.score(given[key], question.label, parse),
+                }
+            )
+    if not samples:
+        raise ValueError(f"{answers}: none of its {len(records)} answers is to a question of {_names(questions)}")
+    label = Path(answers).stem
+    images = list(dict.fromkeys(sample["image_id"] for sample in samples))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "complete",
+        "eval": "pope",
+        "config": {"model": label, "data": _names(questions), "images": len(images)},
+        "versions": versions(),
+        "image_ids_sha256": image_ids_hash(images),
+        "parser": parser,
+        "counts": {
+            "samples": len(samples),
+            "finished": {label: len(samples)},
+            "skipped": len(given) - len(used),
+            "unanswered": len(asked) - len(samples),
+        },
+        "metrics": {label: pope.summarise(pope.by_split(samples))},
+        "samples": samples,
+    }
+
+
+def _answer_key(record: dict[str, Any], number: int) -> tuple[Any, ...]:
+    """How an answer names its question."""
+    image = record.get("image_id", record.get("image"))
+    if isinstance(record.get("question"), str) and image is not None:
+        return ("question", pope.image_number(image), _plain(record["question"]))
+    if "question_id" in record:
+        return ("question_id", record["question_id"])
+    return ("place", number)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _question_ids(file: str | Path) -> list[Any]:
+    return [record.get("question_id", place) for place, record in enumerate(read_jsonl(file), start=1)]
+
+
+def _names(files: Sequence[str | Path]) -> str:
+    return ", ".join(Path(file).name for file in files)

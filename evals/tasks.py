@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vlm_attn.evals import chair, pope
@@ -57,6 +59,42 @@ def image_ids_hash(image_ids: Sequence[int]) -> str:
     return hashlib.sha256(",".join(map(str, image_ids)).encode()).hexdigest()
 
 
+def read_image_ids(path: str | Path) -> list[int]:
+    """Image ids from a file: one per line, or a JSON list; ``image_ids.txt`` of a results folder is one.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file; an entry that is no number, or an id that occurs twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    words = path.read_text(encoding="utf-8").strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+    wrong = next((word for word in words if not word.isdecimal()), None)
+    if wrong is not None or not words:
+        raise ValueError(f"{path}: expected image ids, one per line; found {wrong or 'nothing'}")
+    ids = [int(word) for word in words]
+    if twice := next((image for image, count in Counter(ids).items() if count > 1), None):
+        raise ValueError(f"{path}: image {twice} occurs twice")
+    return ids
+
+
+def chosen_ids(dataset: CocoDataset, image_ids: Sequence[int] | None, limit: int | None) -> list[int] | None:
+    """The given ids, cut to the limit; None where none are given.
+
+    Raises:
+        ValueError: an id that the dataset does not have.
+    """
+    if image_ids is None:
+        return None
+    known = set(dataset.image_ids)
+    unknown = [image for image in image_ids if image not in known]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(image_ids)} image ids are not in {dataset.name} (first: {unknown[0]})"
+        )
+    return list(image_ids[:limit])
+
+
 def pope_task(
     dataset: CocoDataset,
     *,
@@ -66,6 +104,7 @@ def pope_task(
     parser: str = "official",
     prompt: str = "{question}",
     max_new_tokens: int = 10,
+    image_ids: Sequence[int] | None = None,
 ) -> Task:
     """POPE on a dataset.
 
@@ -79,10 +118,12 @@ def pope_task(
         parser: one of `pope.PARSERS`.
         prompt: what the model is asked, with ``{question}`` in it.
         max_new_tokens: length limit of an answer.
+        image_ids: ask about these in place of drawing; those with fewer than three objects are left out and
+            counted (``images_skipped``).
 
     Raises:
-        ValueError: an unknown parser, a prompt without ``{question}``, or no question about an image of the
-            dataset.
+        ValueError: an id that the dataset does not have, an unknown parser, a prompt without ``{question}``, or
+            no question about an image of the dataset.
     """
     require("scipy")  # now, not after hours of generating
     parse = pope.get_parser(parser)
@@ -90,11 +131,15 @@ def pope_task(
         raise ValueError(f"prompt {prompt!r}: a POPE prompt needs {{question}} in it")
     skipped = 0
     source = "built"
+    extra: dict[str, Any] = {}
     if questions is None:
-        questions = pope.build_questions(dataset, images=limit or DEFAULT_IMAGES, seed=seed)
+        wanted = chosen_ids(dataset, image_ids, limit)
+        questions = pope.build_questions(
+            dataset, images=None if wanted else limit or DEFAULT_IMAGES, seed=seed, image_ids=wanted
+        )
     else:
         source = "official file"
-        known = set(dataset.image_ids)
+        known = set(chosen_ids(dataset, image_ids, None) or dataset.image_ids)
         inside = [question for question in questions if question.image_id in known]
         if not inside:
             raise ValueError(
@@ -108,6 +153,8 @@ def pope_task(
     splits: dict[tuple[int, str, str], list[str]] = {}
     for question in questions:
         splits.setdefault((question.image_id, question.text, question.label), []).append(question.split)
+    if source == "built" and wanted:
+        extra["images_skipped"] = len(wanted) - len({question.image_id for question in questions})
     order = {image: place for place, image in enumerate(dict.fromkeys(q.image_id for q in questions))}
     samples = [
         Sample(image, prompt.replace("{question}", text), {"question": text, "label": label, "splits": names})
@@ -115,21 +162,10 @@ def pope_task(
     ]
 
     def score(sample: Sample, answer: str) -> dict[str, Any]:
-        prediction = parse(answer, sample.facts["label"])
-        return {
-            "prediction": prediction,
-            "correct": prediction == sample.facts["label"],
-            "unparsed": pope.is_unparsed(answer),
-        }
+        return pope.score(answer, sample.facts["label"], parse)
 
     def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return pope.summarise(
-            [
-                {**record, "split": split, "prediction": record["score"]["prediction"]}
-                for record in records
-                for split in record["splits"]
-            ]
-        )
+        return pope.summarise(pope.by_split(records))
 
     config = {
         "prompt": prompt,
@@ -138,6 +174,7 @@ def pope_task(
         "questions_asked": len(questions),
         "questions_skipped": skipped,
         "splits": list(dict.fromkeys(question.split for question in questions)),
+        **extra,
     }
     return Task("pope", dataset, samples, max_new_tokens, config, score, summarise)
 
@@ -150,6 +187,7 @@ def chair_task(
     prompt: str = chair.PROMPT,
     variant: str | None = None,
     max_new_tokens: int = 512,
+    image_ids: Sequence[int] | None = None,
 ) -> Task:
     """CHAIR on a dataset.
 
@@ -161,9 +199,11 @@ def chair_task(
         variant: ground truth of the headline figures: ``instances`` or ``instances+captions``; default:
             `chair.default_variant`. The other variant is reported as well where captions exist.
         max_new_tokens: length limit of a caption.
+        image_ids: describe these, in this order, in place of drawing.
 
     Raises:
-        ValueError: unknown variant, or ``instances+captions`` for a dataset without captions.
+        ValueError: an id that the dataset does not have, unknown variant, or
+            ``instances+captions`` for a dataset without captions.
     """
     for library in ("scipy", "simplemma"):
         require(library)  # now, not after hours of generating
@@ -176,7 +216,9 @@ def chair_task(
     ids = dataset.image_ids
     if not ids:
         raise ValueError(f"{dataset.name}: holds no images")
-    drawn = random.Random(seed).sample(ids, min(limit or DEFAULT_IMAGES, len(ids)))
+    drawn = chosen_ids(dataset, image_ids, limit)
+    if drawn is None:
+        drawn = random.Random(seed).sample(ids, min(limit or DEFAULT_IMAGES, len(ids)))
     vocabulary = chair.coco_vocabulary()
     variants = chair.VARIANTS if has_captions else ("instances",)
 

@@ -146,17 +146,21 @@ MaxNewTokens = Annotated[
 ]
 
 
-def quiet_libraries() -> None:
-    """Keep loading bars of the libraries out of our output, and show warnings as one line each."""
+def quiet_warnings() -> None:
+    """Show warnings as one line each."""
     import warnings
-
-    from transformers.utils import logging
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
         typer.echo(f"Note: {' '.join(str(message).split())}", err=True)
 
     warnings.showwarning = note
 
+
+def quiet_libraries() -> None:
+    """Keep loading bars of the libraries out of our output, and show warnings as one line each."""
+    from transformers.utils import logging
+
+    quiet_warnings()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

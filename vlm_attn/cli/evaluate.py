@@ -32,6 +32,7 @@ from vlm_attn.cli.common import (
     evals_module,
     help_without_command,
     quiet_libraries,
+    quiet_warnings,
     usual,
     write_json,
 )
@@ -79,6 +80,13 @@ def evaluate(
             file_okay=False,
         ),
     ] = None,
+    ids: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Image ids, one per line, in place of drawing them; a results folder's image_ids.txt is such a file.",
+        ),
+    ] = None,
     pope_file: Annotated[
         list[Path] | None,
         typer.Option(help="Official POPE questions (JSON lines) in place of built ones. Repeats."),
@@ -120,13 +128,15 @@ def evaluate(
 
     Ctrl-C keeps what is finished; the same command goes on from there when it has --out.
     """
+    quiet_warnings()
     names = list(dict.fromkeys(name.value for name in evals))
     runs = evals_module("specs").with_pruning(method or usual(model, "baseline", "gift", "var"), prune)
     specs = evals_module("specs").parse_specs(runs, param or [], preset)
     dataset = _dataset(data, split)
+    image_ids = evals_module("tasks").read_image_ids(ids) if ids is not None else None
     tasks = []
     for name in names:
-        options: dict[str, Any] = {"limit": limit, "seed": seed}
+        options: dict[str, Any] = {"limit": limit, "seed": seed, "image_ids": image_ids}
         if prompt is not None:
             options["prompt"] = prompt
         if max_new_tokens is not None:
@@ -142,8 +152,11 @@ def evaluate(
                 options.setdefault("max_new_tokens", 64)  # its captions are one sentence
             tasks.append(evals_module("tasks").chair_task(dataset, variant=variant, **options))
     quiet_libraries()
+    processes = evals_module("processes").Processes()
     console = console_of(stderr=str(json_file) == "-")
+    console.quiet = not processes.first
     with console.status(f"Loading {model} ..."):
+        device = processes.device(device)
         loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
     denoise = denoising(
         loaded,
@@ -172,10 +185,11 @@ def evaluate(
             denoise=denoise,
         )
         finished.append(results)
-        _print_results(console, results, folder)
+        if processes.first:
+            _print_results(console, results, folder)
         if results["status"] != "complete":
             break
-    if json_file is not None:
+    if json_file is not None and processes.first:
         write_json(json_file, finished[0] if len(tasks) == 1 else finished)
     if finished[-1]["status"] == "interrupted":
         raise typer.Exit(130)
@@ -231,6 +245,33 @@ def _score(context: typer.Context) -> None:
     help_without_command(context)
 
 
+@score_app.command("pope")
+def score_pope(
+    answers: Annotated[
+        Path, typer.Option(help="JSON lines with answer, and question_id or image and question (else in order).")
+    ],
+    questions: Annotated[list[Path], typer.Option(help="Official questions, one file per split. Repeats.")],
+    parser: Annotated[str, typer.Option(help="official, opera, vcd or strict.")] = "official",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
+    ] = None,
+) -> None:
+    """Score a file of yes/no answers with POPE.
+
+    Example: [b]vlm-attn score pope --answers answers.jsonl --questions coco_pope_popular.json[/b]
+    """
+    quiet_warnings()
+    results = evals_module("scoring").score_pope(answers, questions, parser=parser)
+    console = console_of(stderr=str(json_file) == "-")
+    if json_file is not None:
+        write_json(json_file, results)
+    console.print(evals_module("report").results_table(results))
+    for count, text in (("unanswered", "questions have no answer"), ("skipped", "answers are to no question")):
+        if results["counts"][count]:
+            console.print(f"{results['counts'][count]} {text}; they were left out.")
+
+
 @score_app.command("chair")
 def score_chair(
     captions: Annotated[Path, typer.Option(help="JSON lines with image_id and caption.")],
@@ -259,6 +300,8 @@ def score_chair(
     console.print(evals_module("report").results_table(results))
     if results["counts"]["skipped"]:
         console.print(f"{results['counts']['skipped']} captions of images that are not in the data were left out.")
+    if results["counts"]["empty"]:
+        console.print(f"{results['counts']['empty']} captions are empty; they count, and name nothing.")
 
 
 @app.command()
