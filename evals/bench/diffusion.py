@@ -97,9 +97,7 @@ def speed(
                     sizes: dict[str, Any] = {"steps": steps, "gen_length": length, "block_length": block}
                     options = {**sizes, "attention": attention, **compared[name][2]}
                     begin = now()
-                    out = diffusion.generate(
-                        model, inputs, mask_id=31998, eos_id=-1, attention=attention, **options, **compared[name][2]
-                    )
+                    out = diffusion.generate(model, inputs, mask_id=31998, eos_id=-1, **options)
                     if device.startswith("cuda"):
                         torch.cuda.synchronize()
                     runs[name].append(now() - begin)
