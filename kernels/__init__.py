@@ -18,10 +18,10 @@ if __name__ == "kernels":
 else:
     from vlm_attn.kernels import masks
     from vlm_attn.kernels.dispatch import combine, edited_attention, prefer, segmented_attention
-    from vlm_attn.kernels.edited import Edit, Policy, ScoreEdit, attention_rows, one_hot_segments
+    from vlm_attn.kernels.edited import Edit, Policy, ScoreEdit, one_hot_segments
     from vlm_attn.kernels.groups import Group
     from vlm_attn.kernels.prefill import Score, masked_attention
-    from vlm_attn.kernels.probe import Probe, probe
+    from vlm_attn.kernels.probe import Probe, attention_rows, probe
 
     __all__ = [
         "Edit",

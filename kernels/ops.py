@@ -87,3 +87,32 @@ def _(query, key, value, clauses, tokens, first, scale, softcap, score, score_fr
     batch, heads, rows, dim = query.shape
     out = value.new_empty(batch, rows, heads, dim).transpose(1, 2)
     return out, torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)
+
+
+@torch.library.custom_op("vlm_attn::probe", mutates_args=())
+def probe(
+    query: Tensor,
+    key: Tensor,
+    segments: Tensor | None,
+    mask: Tensor | None,
+    last: Tensor | None,
+    keys: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    maps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``triton_probe.probe``."""
+    from vlm_attn.kernels import triton_probe
+
+    return triton_probe.probe(query, key, segments, mask, last, keys, scale, softcap, maps)
+
+
+@probe.register_fake
+def _(query, key, segments, mask, last, keys, scale, softcap, maps):  # type: ignore[no-untyped-def]
+    (batch, heads, rows, _), length = query.shape, key.shape[2]
+    count = 0 if segments is None else segments.shape[2]
+
+    def made(*size):  # type: ignore[no-untyped-def]
+        return torch.empty(batch, heads, *size, dtype=torch.float32, device=query.device)
+
+    return made(rows if maps else 0, length), made(rows, count), made(length), made(rows)

@@ -8,13 +8,14 @@ entropy_r    = -sum_s attention_rs log attention_rs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlm_attn.kernels.dispatch import Facts, _fits, check_qkv, check_segments, choose, register, triton_refuses
-from vlm_attn.kernels.edited import attention_rows
+from vlm_attn.kernels import edited
+from vlm_attn.kernels.dispatch import Facts, _fits, _grad, check_qkv, check_segments, choose, register, triton_refuses
 from vlm_attn.kernels.reference import masked_logits
 
 MOST_MAPS = 64  # rows whose attention is kept: [B, H, rows, S] float32
@@ -80,8 +81,7 @@ def probe(
         raise ValueError(f"last is {last.dtype}: must be integers")
     if keys is not None and (keys.dtype != torch.bool or keys.dim() != 2 or keys.shape[1] != length):
         raise ValueError(f"keys {list(keys.shape)} {keys.dtype} must be [{batch} or 1, {length}] of bool")
-    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    facts = Facts(query.device.type, query.dtype, dim, rows, grad, softcap is not None)
+    facts = Facts(query.device.type, query.dtype, dim, rows, _grad(query, key), softcap is not None)
     run = choose("probe", facts, backend).run
     attention, mass, column_sum, entropy = run(query, key, segments, mask, last, keys, scale, softcap, maps)
     return Probe(attention if maps else None, mass if segments is not None else None, column_sum, entropy)
@@ -89,9 +89,16 @@ def probe(
 
 @register("probe", "triton", triton_refuses)
 def _probe_triton(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from vlm_attn.kernels import triton_probe
+    run: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    if torch.compiler.is_compiling():
+        from vlm_attn.kernels import ops
 
-    return triton_probe.probe(*args)  # type: ignore[arg-type]
+        run = ops.probe
+    else:
+        from vlm_attn.kernels import triton_probe
+
+        run = triton_probe.probe
+    return run(*args)
 
 
 @register("probe", "eager", _fits)
@@ -122,7 +129,48 @@ def probe_eager(
         logits = masked_logits(query, key, mask=mask, scale=scale, softcap=softcap)
         attention = torch.softmax(logits, -1).nan_to_num(0.0)
     else:
-        attention = attention_rows(query, key, mask=mask, scale=scale, softcap=softcap)
+        attention = edited.attention_rows(query, key, mask=mask, scale=scale, softcap=softcap)
     mass = None if segments is None else attention @ segments.to(attention)[:, None]
     entropy = torch.special.entr(attention).sum(-1)
     return attention, mass, attention.sum(-2), entropy
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention probabilities of some rows and nothing else, on the backend that fits.
+
+    Args:
+        query: ``[B, H, R, D]``; any number of rows, of which ``[B, H, R, S]`` is kept.
+        key: ``[B, G, S, D]``, H a multiple of G.
+        mask: ``[B or 1, H or 1, R, >= S]``, bool (True = visible) or additive; None = every key is visible.
+        scale: factor on the dot products.
+        softcap: ``cap * tanh(logits / cap)`` before the mask, if given.
+        backend: ``triton`` or ``eager``; None = the first that fits.
+
+    Returns:
+        ``[B, H, R, S]`` float32. A row without any visible key is all zeros.
+
+    Raises:
+        ValueError: tensors that do not fit each other, or no backend of that name.
+        RuntimeError: the backend asked for cannot run this call.
+    """
+    check_qkv(query, key, key, mask)
+    facts = Facts(
+        query.device.type, query.dtype, query.shape[3], query.shape[2], _grad(query, key), softcap is not None
+    )
+    return choose("attention_rows", facts, backend).run(query, key, mask=mask, scale=scale, softcap=softcap)
+
+
+@register("attention_rows", "triton", triton_refuses)
+def _rows_triton(query: Tensor, key: Tensor, *, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    return _probe_triton(query, key, None, mask, None, None, scale, softcap, True)[0]
+
+
+register("attention_rows", "eager", _fits)(edited.attention_rows)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlm_attn.kernels import one_hot_segments, probe
+from vlm_attn.kernels import attention_rows, edited, one_hot_segments, probe
 
 from .running import DEVICE, DTYPES, STRIDES, as_good, laid_out, needs_triton, poisoned  # noqa: F401  (a fixture)
 
@@ -88,6 +88,43 @@ def test_column_sums_of_a_whole_causal_prompt() -> None:
     query, key, options = problem(heads=(2, 1), rows=150, length=150)
     options |= {"last": torch.arange(150, device=DEVICE)[None], "keys": torch.arange(150, device=DEVICE)[None] >= 7}
     check(query, key, options, torch.float32, maps=False)
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_rows_alone(kind: str) -> None:
+    """More rows than a probe keeps, and no other result; on the CPU the twin runs unless Triton is asked for."""
+    query, key, options = problem(rows=70, kind=kind, softcap=3.0)
+    given_ = {name: options[name] for name in ("mask", "scale", "softcap")}
+    wanted = edited.attention_rows(query, key, **given_)
+    assert torch.allclose(attention_rows(query, key, **given_, backend="triton"), wanted, atol=2e-6)
+    assert torch.equal(attention_rows(query, key, **given_, backend="eager"), wanted)
+
+
+@needs_triton
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_registered(full: bool, maps: bool) -> None:
+    """Schema and fake implementation say what the operation does."""
+    from vlm_attn.kernels import ops
+
+    query, key, options = problem(kind="bool" if full else "none", batch=1)
+    given_ = [options[name] if full else None for name in ("segments", "mask", "last", "keys")]
+    arguments = (query, key, *given_, 0.25, 3.0 if full else None, maps)
+    torch.library.opcheck(ops.probe, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_triton
+def test_compiles_without_a_graph_break() -> None:
+    query, key, options = problem(kind="bool")
+
+    def run(query: Tensor, key: Tensor) -> tuple[Any, ...]:
+        rows = attention_rows(query, key, mask=options["mask"], scale=0.25, backend="triton")
+        return (*probe(query, key, **options, maps=True, backend="triton"), rows)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(compiled(query, key), run(query, key), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-6)
 
 
 @needs_triton
