@@ -18,7 +18,7 @@ if __name__ == "kernels":
 else:
     from vlm_attn.kernels import masks
     from vlm_attn.kernels.dispatch import combine, edited_attention, prefer, segmented_attention
-    from vlm_attn.kernels.edited import Edit, Policy, ScoreEdit, one_hot_segments
+    from vlm_attn.kernels.edited import Edit, Policy, ScoreEdit, merged, one_hot_segments
     from vlm_attn.kernels.groups import Group
     from vlm_attn.kernels.prefill import Score, masked_attention
     from vlm_attn.kernels.probe import Probe, attention_rows, probe
@@ -35,6 +35,7 @@ else:
         "edited_attention",
         "masked_attention",
         "masks",
+        "merged",
         "one_hot_segments",
         "prefer",
         "probe",

@@ -18,7 +18,7 @@ from torch import Tensor
 from vlm_attn.kernels import edited, reference
 from vlm_attn.kernels.edited import Edit, ScoreEdit
 
-MOST_SEGMENTS = 5  # accumulators a program can hold: four groups and a weighted twin
+MOST_SEGMENTS = edited.MOST_SEGMENTS
 MOST_ROWS = 256  # of the segmented kernel: its rows are filled up to 16 and K and V are read once per such tile
 MOST_DIM = 256
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,7 +35,7 @@ class Facts(NamedTuple):
     softcap: bool = False
     edits: int = 1
     segments: int = 1
-    score: bool = False
+    score: str = ""  # what of the logits a score is added to; several edits: joined by commas
     lse: bool = False
 
 
@@ -139,10 +139,10 @@ def triton_refuses(facts: Facts) -> str | None:
 
 
 def _segmented_refuses(facts: Facts) -> str | None:
-    if facts.score:
-        return "a score edit is asked for, which this kernel does not have"
-    if facts.edits != 1:
-        return f"{facts.edits} edits in one layer, allowed is 1"
+    if facts.score not in ("", "magnitude", "logit"):
+        return f"score edits of {facts.score}: allowed is one, of magnitude or logit"
+    if facts.edits > 1:
+        return f"{facts.edits} edits in one layer, allowed is 1: edited.merged makes one of several where it can"
     if facts.segments > MOST_SEGMENTS:
         return f"{facts.segments} segments, allowed are {MOST_SEGMENTS}"
     if facts.rows > MOST_ROWS:
@@ -158,7 +158,7 @@ def _sdpa_refuses(facts: Facts) -> str | None:
 
 
 def _biased_refuses(facts: Facts) -> str | None:
-    return _sdpa_refuses(facts._replace(score=False))  # a changed logit is a bias
+    return _sdpa_refuses(facts._replace(score=""))  # a changed logit is a bias
 
 
 def _fits(facts: Facts) -> None:
@@ -261,7 +261,7 @@ def edited_attention(
         softcap is not None,
         len(weighed),
         weighed[0].segments.shape[2] if weighed else 0,
-        score=bool(scores),
+        score=",".join(score.of for score in scores),
     )
     run = choose("edited_attention", facts, backend).run
     where = {"offset": offset, "row": row}
@@ -296,14 +296,22 @@ def _edited_triton(
 ) -> Tensor:
     check_qkv(query, key, value, mask)
     batch, heads, rows, _ = query.shape
-    (edit,) = edits
-    segments = edit.over(key.shape[2], offset)
-    check_segments(segments, key)
+    length = key.shape[2]
+    segments = edits[0].over(length, offset) if edits else query.new_ones(1, 1, 1, dtype=torch.float32)
+    if edits:
+        check_segments(segments, key)
     run = _triton_operations()
-    lse, out = run.partials(query, key, value, segments, mask, scale, softcap)
-    mass = run.masses(lse)
-    weight = edit.policy(mass.view(batch, heads, rows, -1))
-    weight = weight.to(torch.float32).reshape(mass.shape).contiguous()
+    weights = scores[0].weights(length, rows, offset, row) if scores else None
+    magnitude = not scores or scores[0].of == "magnitude"
+    lse, out = run.partials(
+        query, key, value, segments.expand(-1, length, -1), mask, scale, softcap, weights, magnitude
+    )
+    if edits:
+        mass = run.masses(lse)
+        weight = edits[0].policy(mass.view(batch, heads, rows, -1))
+        weight = weight.to(torch.float32).reshape(mass.shape).contiguous()
+    else:
+        weight = lse.new_ones(len(lse), 1)
     return run.combine(lse, out, weight, head_scale, batch, heads, value.dtype)
 
 

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 Policy = Callable[[Tensor], Tensor]
+MOST_SEGMENTS = 8  # that a pass over K and V keeps apart: four groups and a weighted twin, or two edits at once
 SMALLEST_TOTAL = 1e-25  # keeps a row without any visible key at zero
 
 
@@ -105,12 +107,17 @@ class ScoreEdit(Columns):
         self.of = of
         self.from_row = from_row
 
+    def weights(self, length: int, rows: int, offset: int | Tensor = 0, row: int | Tensor = 0) -> Tensor:
+        """w of every row and key, ``[B, rows or 1, length]``."""
+        weight = self.over(length, offset)[:, None, :, 0]
+        if self.from_row is None or (isinstance(row, int) and row >= self.from_row):
+            return weight
+        columns = torch.arange(rows, device=weight.device) + row
+        return weight * (columns >= self.from_row)[:, None]
+
     def __call__(self, logits: Tensor, offset: int | Tensor = 0, row: int | Tensor = 0) -> Tensor:
         """Changed logits ``[B, H, Q, S]``; key 0 stands at column ``offset``, row 0 at column ``row``."""
-        weight = self.over(logits.shape[3], offset)[:, None, None, :, 0].to(logits.dtype)
-        if self.from_row is not None:
-            rows = torch.arange(logits.shape[2], device=logits.device) + row
-            weight = weight * (rows >= self.from_row)[:, None]
+        weight = self.weights(logits.shape[3], logits.shape[2], offset, row)[:, None].to(logits.dtype)
         size = logits if self.of == "logit" else logits.abs()
         if self.of == "head_mean":
             size = size.mean(1, keepdim=True)
@@ -135,6 +142,61 @@ def one_hot_segments(ids: Tensor, count: int, twin_of: int | None = None, log_we
     assert log_weight is not None
     twin = segments[..., twin_of] * log_weight.float().exp()
     return torch.cat([segments, twin[..., None]], dim=-1)
+
+
+class Product:
+    """The policy of several edits at once: every one sees its own masses, and the weights multiply.
+
+    Args:
+        parts: of every edit its policy, ``[C, N]`` which of the C products add up to each of its N masses, and ``[C]`` the
+            segment of it that every product lies in.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Policy, Tensor, Tensor]]) -> None:
+        self.parts = tuple(parts)
+
+    def __call__(self, mass: Tensor) -> Tensor:
+        """Weights of masses ``[B, H, Q, C]``, of that shape."""
+        weights = [policy(mass @ sums.to(mass))[..., index] for policy, sums, index in self.parts]
+        return torch.stack(weights).prod(0)
+
+
+def merged(edits: Sequence[Edit], most: int = MOST_SEGMENTS) -> Edit | None:
+    """Several edits of a layer as one, whose segments are the products of theirs: one pass over the keys instead of several.
+
+    ``prod_e (M_e w_e)_s = sum_c prod_e w_(e, c_e) prod_e M_(e, s, c_e)`` with ``c`` running over tuples of segments, of which
+    few hold any key. An edit's masses are sums over the tuples in which the others' segments are no twin.
+
+    Args:
+        edits: two or more, of partitions (every key in one segment), each perhaps with a twin as its last column.
+        most: number of products allowed.
+
+    Returns:
+        The edit; None where there are more products, or where the segments of an edit do not add up to one.
+    """
+    length = max(edit.segments.shape[1] for edit in edits)
+    members = [edit.over(length) for edit in edits]
+    plain = []  # number of columns that form the partition
+    for part in members:
+        count = part.shape[2]
+        fits = [n for n in (count, count - 1) if n and bool((part[..., :n].sum(-1) == 1).all())]
+        if not fits:
+            return None
+        plain.append(fits[0])
+    index = torch.cartesian_prod(*(torch.arange(part.shape[2], device=part.device) for part in members))  # [C, edits]
+    segments = reduce(torch.mul, [part[..., i] for part, i in zip(members, index.unbind(1), strict=True)])
+    used = segments.amax((0, 1)) > 0
+    used[0] = True  # "everything else" of all of them, where the columns beyond the prompt belong
+    index, segments = index[used], segments[..., used]
+    if len(index) > most:
+        return None
+    no_twin = index < torch.tensor(plain, device=index.device)
+    parts = []
+    for e, (edit, part) in enumerate(zip(edits, members, strict=True)):
+        others = torch.cat([no_twin[:, :e], no_twin[:, e + 1 :]], 1).all(1)
+        sums = torch.nn.functional.one_hot(index[:, e], part.shape[2]) * others[:, None]
+        parts.append((edit.policy, sums.float(), index[:, e]))
+    return Edit(segments.contiguous(), Product(parts))
 
 
 def attention_rows(

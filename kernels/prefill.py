@@ -162,7 +162,7 @@ def masked_attention(
         _grad(query, key, value),
         softcap is not None,
         segments=len(mask.clauses),
-        score=score is not None,
+        score="groups" if score is not None else "",
         lse=lse,
     )
     out, sums = choose("masked_attention", facts, backend).run(problem)

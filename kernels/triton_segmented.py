@@ -27,7 +27,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
 # Triton compiles again for sizes that are 1 or multiples of 16. These change while a cache grows: one version for all.
-GROWING = ["length", "chunk", "parts", "mask_b", "mask_h", "mask_q", "segments_b", "lse_row"]
+GROWING = ["length", "chunk", "parts", "mask_b", "mask_h", "mask_q", "segments_b", "lse_row", "score_b", "score_q"]
 
 
 def jit_growing(kernel):  # type: ignore[no-untyped-def]
@@ -97,12 +97,12 @@ def leave(lse_at, out_at, top, total, out, inside, d, dim, part, parts):
 
 @jit_growing
 def partials_kernel(
-    query, key, value, segments, mask, lse, out,
+    query, key, value, segments, mask, score, lse, out,
     scale, cap, hidden,
     query_b, query_h, query_q, query_d, key_b, key_h, key_s, key_d, value_b, value_h, value_s, value_d,
     segments_b, segments_s, segments_n, mask_b, mask_h, mask_q, mask_s,
-    kv_heads, ratio, rows, length, dim, chunk, parts,
-    N: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
+    score_b, score_q, score_s, kv_heads, ratio, rows, length, dim, chunk, parts,
+    N: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, SCORE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One chunk of keys, one tile of rows, one KV head."""
@@ -118,6 +118,7 @@ def partials_kernel(
     key_at = key + b * key_b + g * key_h
     value_at = value + b * value_b + g * value_h
     segments_at = segments + b * segments_b
+    score_at = score + b * score_b + row * score_q
 
     nothing = tl.full([BLOCK_R], float("-inf"), tl.float32)
     zeros = tl.zeros([BLOCK_R], tl.float32)
@@ -128,6 +129,9 @@ def partials_kernel(
     top2, total2, out2 = nothing, zeros, empty
     top3, total3, out3 = nothing, zeros, empty
     top4, total4, out4 = nothing, zeros, empty
+    top5, total5, out5 = nothing, zeros, empty
+    top6, total6, out6 = nothing, zeros, empty
+    top7, total7, out7 = nothing, zeros, empty
 
     stop = tl.minimum((part + 1) * chunk, length)
     for first in range(part * chunk, stop, BLOCK_S):
@@ -143,6 +147,9 @@ def partials_kernel(
         if CAP:
             logits = soft_cap(logits, cap)
         visible = inside[:, None] & valid[None, :]
+        if SCORE:
+            w = tl.load(score_at[:, None] + s[None, :] * score_s, mask=visible, other=0.0)
+            logits += w * (tl.maximum(logits, -logits) if SCORE == 1 else logits)
         if MASK == 1:
             seen = tl.load(mask_at[:, None] + s[None, :] * mask_s, mask=visible, other=0)
             visible = visible & (seen != 0)
@@ -176,6 +183,18 @@ def partials_kernel(
             member = tl.load(segments_at + s * segments_s + 4 * segments_n, mask=valid, other=0.0)
             if tl.max(member, 0) > 0:
                 top4, total4, out4 = fold(logits, member, v, top4, total4, out4)
+        if N > 5:
+            member = tl.load(segments_at + s * segments_s + 5 * segments_n, mask=valid, other=0.0)
+            if tl.max(member, 0) > 0:
+                top5, total5, out5 = fold(logits, member, v, top5, total5, out5)
+        if N > 6:
+            member = tl.load(segments_at + s * segments_s + 6 * segments_n, mask=valid, other=0.0)
+            if tl.max(member, 0) > 0:
+                top6, total6, out6 = fold(logits, member, v, top6, total6, out6)
+        if N > 7:
+            member = tl.load(segments_at + s * segments_s + 7 * segments_n, mask=valid, other=0.0)
+            if tl.max(member, 0) > 0:
+                top7, total7, out7 = fold(logits, member, v, top7, total7, out7)
 
     at = pair.to(tl.int64) * ratio * rows + r  # row of [B * H * Q]
     lse_at = lse + at * ((N + 1) * parts)
@@ -190,6 +209,12 @@ def partials_kernel(
         leave(lse_at + 3 * parts, out_at + 3 * step, top3, total3, out3, inside, d, dim, part, parts)
     if N > 4:
         leave(lse_at + 4 * parts, out_at + 4 * step, top4, total4, out4, inside, d, dim, part, parts)
+    if N > 5:
+        leave(lse_at + 5 * parts, out_at + 5 * step, top5, total5, out5, inside, d, dim, part, parts)
+    if N > 6:
+        leave(lse_at + 6 * parts, out_at + 6 * step, top6, total6, out6, inside, d, dim, part, parts)
+    if N > 7:
+        leave(lse_at + 7 * parts, out_at + 7 * step, top7, total7, out7, inside, d, dim, part, parts)
     some = total_all > 0
     all_at = lse_at + N * parts + part
     tl.store(
@@ -281,6 +306,8 @@ def partials(
     mask: Tensor | None,
     scale: float,
     softcap: float | None,
+    score: Tensor | None = None,
+    of_magnitude: bool = True,
     parts: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and output of every chunk and segment.
@@ -289,10 +316,12 @@ def partials(
         query: ``[B, H, Q, D]``, any strides, as all inputs.
         key: ``[B, G, S, D]``.
         value: ``[B, G, S, D]``.
-        segments: ``[B or 1, S, N]`` float32, N <= 5.
+        segments: ``[B or 1, S, N]`` float32, N <= 8.
         mask: bool or additive ``[B or 1, H or 1, Q, >= S]``.
         scale: factor on the dot products.
         softcap: see ``attention_rows``.
+        score: ``[B or 1, Q or 1, S]`` float32, w of ``s + w |s|``, or of ``s + w s`` without ``of_magnitude``.
+        of_magnitude: see there.
         parts: number of chunks the keys are cut into, at most; 0 = as many as keep the device busy.
 
     Returns:
@@ -316,12 +345,14 @@ def partials(
         seen = seen[..., :length].expand(batch, heads, rows, length)
         mask_strides = seen.stride()
     segments = segments.expand(batch, length, count)
+    weights = query[0] if score is None else score.expand(batch, rows, length)
     partials_kernel[(parts, tiles, batch * kv_heads)](
-        query, key, value, segments, seen, lse, out,
+        query, key, value, segments, seen, weights, lse, out,
         scale, softcap or 1.0, hidden,
         *query.stride(), *key.stride(), *value.stride(), *segments.stride(), *mask_strides,
-        kv_heads, ratio, rows, length, dim, chunk, parts,
-        N=count, MASK=kind, CAP=softcap is not None, BLOCK_D=next_power(dim, 16), **block,
+        *weights.stride(), kv_heads, ratio, rows, length, dim, chunk, parts,
+        N=count, MASK=kind, CAP=softcap is not None, SCORE=0 if score is None else 1 if of_magnitude else 2,
+        BLOCK_D=next_power(dim, 16), **block,
     )  # fmt: skip
     return lse, out
 
@@ -331,7 +362,7 @@ def masses(lse: Tensor) -> Tensor:
     """Masses ``[B * H * Q, N]`` float32 from ``lse [B * H * Q, N + 1, T]``."""
     count, parts = lse.shape[1] - 1, lse.shape[2]
     mass = torch.empty(lse.shape[0], count, dtype=torch.float32, device=lse.device)
-    masses_kernel[(lse.shape[0],)](lse, mass, count, parts, BLOCK_N=8, BLOCK_T=64, num_warps=1)
+    masses_kernel[(lse.shape[0],)](lse, mass, count, parts, BLOCK_N=next_power(count + 1, 8), BLOCK_T=64, num_warps=1)
     return mass
 
 

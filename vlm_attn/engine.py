@@ -25,7 +25,7 @@ from vlm_attn.branch import Decoding, Run
 from vlm_attn.call import Call
 from vlm_attn.chat import ChatTemplate, find_question
 from vlm_attn.families import family_of, image_token_ids, split_images
-from vlm_attn.kernels import Edit, Group, ScoreEdit
+from vlm_attn.kernels import Edit, Group, ScoreEdit, merged
 from vlm_attn.kernels.masks import Mask, materialise
 from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
 from vlm_attn.method import Method
@@ -137,6 +137,9 @@ class Engine:
         if edits and call.reduction is not None:
             edits = call.reduction.edits(layer, edits)
         if call.done:
+            weighed = [edit for edit in edits if isinstance(edit, Edit)]
+            if len(weighed) > 1 and (one := merged(weighed)) is not None:  # one pass over the keys for all of them
+                edits = [*(edit for edit in edits if isinstance(edit, ScoreEdit)), one]
             call.edits[layer] = edits
         return edits
 

@@ -54,7 +54,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     ("methods", "operations"),
     [
         (["gift"], {"attention_rows", "edited_attention"}),
-        (["var"], {"edited_attention"}),
+        (["gift", "var"], {"attention_rows", "edited_attention"}),
+        (["pai"], {"edited_attention"}),
     ],
 )
 def test_methods(methods: list[str], operations: set[str], ran: Counter[str]) -> None:

@@ -47,7 +47,7 @@ POINTERS = {
     "mass": "fp32", "weight": "fp32", "head_scale": "fp32", "result": "bf16", "result_lse": "fp32", "keys": "u8",
     "last_column": "i32", "entropy": "fp32", "attention": "fp32", "column_sum": "fp32", "state": "i8", "order": "i32",
     "full": "i32", "some": "i32", "group_of_rows": "u8", "group": "u8", "image_of_rows": "i32", "image": "i32",
-    "score_from": "i64",
+    "score": "fp32", "score_from": "i64",
 }  # fmt: skip
 
 
@@ -83,12 +83,15 @@ def split(block: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
 def configurations(major: int) -> Any:
     """Kernel, constants, options, other types, and whether it multiplies matrices."""
     unit = {"query_d": 1, "key_d": 1}
-    for dim, count in ((64, 4), (128, 5), (256, 5)):
+    for dim, count, score in ((64, 4, 1), (128, 5, 0), (128, 8, 2), (256, 5, 0), (256, 8, 0)):
         blocks, options = split(tuning.row(tuning.DECODE, major, 2 * dim))
-        constants = {"N": count, "MASK": 1, "CAP": dim == 256, "BLOCK_R": 16, "BLOCK_D": dim, "value_d": 1, "mask_s": 1}
-        yield triton_segmented.partials_kernel, {**constants, **blocks, **unit, "segments_n": 1}, options, {}, True
-    yield triton_segmented.masses_kernel, {"BLOCK_N": 8, "BLOCK_T": 64}, {"num_warps": 1}, {}, False
-    flags = {"WEIGHT": 1, "SCALE": True, "KEEP_LSE": False, "BLOCK_M": 256, "BLOCK_D": 128, "STEP": 16}
+        sizes = {"N": count, "BLOCK_R": 16, "BLOCK_D": dim}
+        flags = {"MASK": 1, "CAP": dim == 256, "SCORE": score}
+        strides = {"value_d": 1, "mask_s": 1, "segments_n": 1, "score_s": 1}
+        constants = {**sizes, **flags, **strides, **blocks, **unit}
+        yield triton_segmented.partials_kernel, constants, options, {}, True
+    yield triton_segmented.masses_kernel, {"BLOCK_N": 16, "BLOCK_T": 64}, {"num_warps": 1}, {}, False
+    flags = {"WEIGHT": 1, "SCALE": True, "KEEP_LSE": False, "BLOCK_M": 512, "BLOCK_D": 128, "STEP": 16}
     yield triton_segmented.combine_kernel, flags, {"num_warps": 4}, {}, False
     for dim, name in ((128, "modality-mutual"), (256, "vision-block")):
         blocks, options = split(tuning.row(tuning.PREFILL, major, 2 * dim))
@@ -126,6 +129,7 @@ def main() -> None:
             {
                 "kernel": kernel.__name__,
                 "dim": constants.get("BLOCK_D"),
+                "segments": constants.get("N"),
                 "multiplies": matrices,
                 "matrix_instructions": len(re.findall(MATRIX, code)),
                 "shared": made.metadata.shared,

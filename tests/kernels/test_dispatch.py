@@ -44,7 +44,7 @@ def test_first_that_fits() -> None:
         ({"device": "cpu"}, "device is cpu, Triton needs cuda"),
         ({"dtype": torch.float64}, "dtype is torch.float64, allowed are float16, bfloat16 and float32"),
         ({"dim": 320}, "head dimension is 320, allowed are 1 to 256"),
-        ({"segments": 6}, "6 segments, allowed are 5"),
+        ({"segments": 9}, "9 segments, allowed are 8"),
         ({"edits": 2}, "2 edits in one layer, allowed is 1"),
         ({"rows": 300}, "300 query rows, allowed are 256"),
         ({"grad": True}, "gradients are asked for"),
