@@ -13,8 +13,8 @@ import vlm_attn
 from tests import tiny
 from tests.helpers import ACTIVE, generate, same
 from tests.kernels.running import DEVICE, why_not
-from vlm_attn import registry
-from vlm_attn.kernels import dispatch, prefer
+from vlm_attn import engine, registry
+from vlm_attn.kernels import dispatch, merged, prefer
 
 PROMPTS = [[3, "image", 7], [1, "image", 4]]
 
@@ -54,7 +54,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     ("methods", "operations"),
     [
         (["gift"], {"attention_rows", "edited_attention"}),
-        (["gift", "var"], {"attention_rows", "edited_attention"}),
         (["pai"], {"edited_attention"}),
     ],
 )
@@ -67,3 +66,16 @@ def test_methods(methods: list[str], operations: set[str], ran: Counter[str]) ->
             got = generate(model, x, 3)
     same(got, wanted)
     assert set(ran) == operations, ran
+
+
+def test_two_methods_decode_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the end of the prompt on, their edits are one; the answer is that of the edits one after the other."""
+    model, x = built()
+    made: list[Any] = []
+    with vlm_attn.patched(model, [registry.build(name, **ACTIVE[name]) for name in ("gift", "var")]):
+        monkeypatch.setattr(engine, "merged", lambda edits: None)
+        wanted = generate(model, x, 3)
+        monkeypatch.setattr(engine, "merged", lambda edits: made.append(merged(edits)) or made[-1])
+        got = generate(model, x, 3)
+    same(got, wanted)
+    assert any(made)
