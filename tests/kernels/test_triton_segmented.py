@@ -174,7 +174,7 @@ def test_any_split_of_the_keys_combines_to_the_same(parts: int) -> None:
     case = problem(length=300, rows=2, kind="bool", twin=1)
     arguments = [case[name] for name in ("query", "key", "value", "segments")]
     options = case["options"]
-    lse, out = triton_segmented.partials(*arguments, options["mask"], options["scale"], None, parts)
+    lse, out = triton_segmented.partials(*arguments, options["mask"], options["scale"], None, parts=parts)
     got = triton_segmented.gathered(lse, out, 2, 4)
     wanted = segmented_attention(*arguments, **options, backend="reference")
     for one, other in zip(got, wanted, strict=True):
