@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vlm_attn
 from tests import tiny
-from tests.helpers import ACTIVE, Inputs, alone, close, differ
+from tests.helpers import ACTIVE, Inputs, alone, close, differ, stock
 from tests.oracle import attentions
 from vlm_attn.hallucination import Agla, Gift
 from vlm_attn.hallucination.agla import most
@@ -109,6 +109,9 @@ class TestAgainstPlainForwards:
     def test_other_ways(self, name: str, options: dict[str, Any]) -> None:
         model, inputs = built(name)
         x = inputs([[3, "image", 9]], seed=3)
+        plain = torch.stack(run(model, x).scores)
+        if not torch.allclose(stock(lambda: torch.stack(run(model, x, **options).scores)), plain, atol=1e-3):
+            pytest.skip("stock transformers: another answer this way")  # chunks before 5.24
         with vlm_attn.patched(model, Agla(**SETTINGS)):
             near(torch.stack(run(model, x, **options).scores), torch.stack(run(model, x).scores))
 
