@@ -53,7 +53,7 @@ Prompt = Sequence[int | str]
 Built = tuple[Any, Callable[..., Inputs]]
 
 
-def _batch(
+def padded(
     prompts: Sequence[Prompt], image: Sequence[int], pixels: Callable[[int, torch.Generator], Inputs], seed: int
 ) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +73,7 @@ def _batch(
     return {"input_ids": ids, "attention_mask": mask, **pixels(images, generator)}
 
 
-def _finish(model: Any) -> Any:
+def finish(model: Any) -> Any:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     return model.eval()
@@ -87,10 +87,10 @@ def llava(kv_heads: int = 2) -> Built:
         vision_feature_layer=-1,
     )
     torch.manual_seed(0)
-    model = _finish(LlavaForConditionalGeneration(config))
+    model = finish(LlavaForConditionalGeneration(config))
 
     def inputs(prompts: Sequence[Prompt], seed: int = 0) -> Inputs:
-        return _batch(prompts, [IMAGE] * 9, lambda n, g: {"pixel_values": torch.randn(n, 3, 12, 12, generator=g)}, seed)
+        return padded(prompts, [IMAGE] * 9, lambda n, g: {"pixel_values": torch.randn(n, 3, 12, 12, generator=g)}, seed)
 
     return model, inputs
 
@@ -104,7 +104,7 @@ def llava_next() -> Built:
         image_grid_pinpoints=[[16, 16]],
     )
     torch.manual_seed(0)
-    model = _finish(LlavaNextForConditionalGeneration(config))
+    model = finish(LlavaNextForConditionalGeneration(config))
 
     def inputs(prompts: Sequence[Prompt], seed: int = 0) -> Inputs:
         def pixels(n: int, g: torch.Generator) -> Inputs:
@@ -113,7 +113,7 @@ def llava_next() -> Built:
                 "image_sizes": torch.tensor([[16, 16]] * n),
             }
 
-        return _batch(prompts, [IMAGE] * 24, pixels, seed)  # 2x2 overview, 4 rows of 4 and a newline token each
+        return padded(prompts, [IMAGE] * 24, pixels, seed)  # 2x2 overview, 4 rows of 4 and a newline token each
 
     return model, inputs
 
@@ -132,7 +132,7 @@ def _qwen(config_class: Any, model_class: Any, vision: dict[str, Any]) -> Built:
         video_token_id=123,
     )
     torch.manual_seed(0)
-    model = _finish(model_class(config))
+    model = finish(model_class(config))
 
     def inputs(prompts: Sequence[Prompt], seed: int = 0) -> Inputs:
         def pixels(n: int, g: torch.Generator) -> Inputs:
@@ -141,7 +141,7 @@ def _qwen(config_class: Any, model_class: Any, vision: dict[str, Any]) -> Built:
                 "image_grid_thw": torch.tensor([[1, 4, 6]] * n),
             }
 
-        batch = _batch(prompts, [START, *[IMAGE] * 6, END], pixels, seed)  # 4 x 6 patches, merged 2 x 2
+        batch = padded(prompts, [START, *[IMAGE] * 6, END], pixels, seed)  # 4 x 6 patches, merged 2 x 2
         return {**batch, "mm_token_type_ids": (batch["input_ids"] == IMAGE).int()}
 
     return model, inputs
@@ -183,11 +183,11 @@ def internvl() -> Built:
         downsample_ratio=0.5,
     )
     torch.manual_seed(0)
-    model = _finish(InternVLForConditionalGeneration(config))
+    model = finish(InternVLForConditionalGeneration(config))
 
     def inputs(prompts: Sequence[Prompt], seed: int = 0) -> Inputs:
         image = [START, *[IMAGE] * 4, END]
-        return _batch(prompts, image, lambda n, g: {"pixel_values": torch.randn(n, 3, 16, 16, generator=g)}, seed)
+        return padded(prompts, image, lambda n, g: {"pixel_values": torch.randn(n, 3, 16, 16, generator=g)}, seed)
 
     return model, inputs
 
@@ -204,14 +204,14 @@ def gemma3(sliding_window: int = 256, sliding: Sequence[bool] = (True, False, Tr
         eoi_token_index=END,
     )
     torch.manual_seed(0)
-    model = _finish(Gemma3ForConditionalGeneration(config))
+    model = finish(Gemma3ForConditionalGeneration(config))
     torch.nn.init.normal_(
         model.model.multi_modal_projector.mm_input_projection_weight, std=0.3
     )  # the host leaves zeros
 
     def inputs(prompts: Sequence[Prompt], seed: int = 0) -> Inputs:
         image = [START, *[IMAGE] * 4, END]
-        batch = _batch(prompts, image, lambda n, g: {"pixel_values": torch.randn(n, 3, 16, 16, generator=g)}, seed)
+        batch = padded(prompts, image, lambda n, g: {"pixel_values": torch.randn(n, 3, 16, 16, generator=g)}, seed)
         return {**batch, "token_type_ids": (batch["input_ids"] == IMAGE).int()}
 
     return model, inputs
@@ -226,10 +226,10 @@ def paligemma() -> Built:
         hidden_size=32,
     )
     torch.manual_seed(0)
-    model = _finish(PaliGemmaForConditionalGeneration(config))
+    model = finish(PaliGemmaForConditionalGeneration(config))
 
     def inputs(prompts: Sequence[Prompt], seed: int = 0) -> Inputs:
-        batch = _batch(
+        batch = padded(
             prompts, [IMAGE] * 16, lambda n, g: {"pixel_values": torch.randn(n, 3, 16, 16, generator=g)}, seed
         )
         return {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}

@@ -88,6 +88,7 @@ class Family:
         cls: attention modules of a vision tower whose CLS token stands first.
         tiles: how many pictures the tower sees of an image of so many tokens and of that size.
         place: numbers ``[tiles, patches, d]`` of an image's patches as numbers ``[tokens, d]`` of its tokens.
+        counted_positions: its text model counts positions in the 2-D padding mask, so no other mask can stand in its place.
     """
 
     grid: GridRule = _no_grid
@@ -97,6 +98,7 @@ class Family:
     cls: Callable[[Any], Sequence[Any]] | None = None
     tiles: Callable[[Any, int, Size | None], int] = _one
     place: Callable[[Any, Tensor, Size | None], Tensor] = _as_they_are
+    counted_positions: bool = False
 
 
 def _clip_tokens(config: Any, inputs: Mapping[str, Any]) -> int | None:
@@ -157,6 +159,8 @@ FAMILIES: dict[str, Family] = {
     "internvl": Family(grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled),
     "gemma3": Family(grid=_square, reducible=True),
     "paligemma": Family(grid=_square, tokens_per_image=_clip_tokens, prefix_lm=True, reducible=True),
+    "blip-2": Family(counted_positions=True),
+    "instructblip": Family(counted_positions=True),
 }
 
 
@@ -185,6 +189,20 @@ def image_marker_ids(config: Any) -> list[int]:
     """Ids of the tokens that stand around an image, where the config names them."""
     names = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
     return [i for name in names if isinstance(i := getattr(config, name, None), int)]
+
+
+def check_maskable(config: Any, methods: Sequence[Any]) -> None:
+    """Refuse a prompt mask where the host needs its own.
+
+    Raises:
+        NotImplementedError: names the method and the family.
+    """
+    for method in methods:
+        if method.mask is not None and family_of(config).counted_positions:
+            raise NotImplementedError(
+                f"{method.name}: the text model of {config.model_type} counts positions in the padding mask, "
+                "so its mask cannot be replaced"
+            )
 
 
 def check_reducible(config: Any, method: str) -> None:

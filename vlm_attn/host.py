@@ -38,6 +38,9 @@ SEQUENCE_ARGUMENTS = {
     "per_layer_inputs": 1,
 }
 
+# Arguments that bring images to a text model that takes them itself (Chameleon).
+IMAGE_ARGUMENTS = {"pixel_values", "mm_encoder_outputs"}
+
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -317,6 +320,10 @@ def slice_arguments(kwargs: Mapping[str, Any], start: int, stop: int) -> dict[st
         value = sliced.get(name)
         if isinstance(value, Tensor):
             sliced[name] = value.narrow(dim, start, stop - start)
+    if start and isinstance(
+        kwargs.get("input_ids"), Tensor
+    ):  # it puts the images in by itself, and did with the first rows
+        sliced.update(dict.fromkeys(IMAGE_ARGUMENTS & sliced.keys()))
     masks = kwargs.get("visual_pos_masks")
     if isinstance(masks, Tensor) and kwargs.get("deepstack_visual_embeds") is not None:
         before = int(masks[:, :start].sum())

@@ -26,6 +26,7 @@ class ModelFacts:
         heads: number of query heads.
         hidden: hidden size.
         causal: every row of every layer sees all earlier columns and no later one.
+        uncovered: layers without attention (linear attention, convolution), which no edit reaches.
     """
 
     model_type: str
@@ -33,6 +34,7 @@ class ModelFacts:
     heads: int
     hidden: int
     causal: bool = True
+    uncovered: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from vlm_attn.attention import TAG, Tag
 from vlm_attn.branch import Decoding
 from vlm_attn.chat import read_template, tokenizer_of
 from vlm_attn.engine import Engine, LayerHook
-from vlm_attn.families import check_reducible, cls_attention_module, family_of, image_token_ids
+from vlm_attn.families import check_maskable, check_reducible, cls_attention_module, family_of, image_token_ids
 from vlm_attn.layout import is_span
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.reduction import KeptImage, Reducer, VisionHook
@@ -81,8 +82,11 @@ def patch(
         heads=text_config.num_attention_heads,
         hidden=text_config.hidden_size,
         causal=host.is_causal(text_config) and not family_of(top).prefix_lm,
+        uncovered=tuple(sorted(set(range(len(layers))) - {index for index, _ in attentions})),
     )
     methods = resolve(method, parameters, top, facts, preset)
+    check_covered(methods, facts)
+    check_maskable(top, methods)
     reducers = [m for m in methods if isinstance(m, Reducer)]
     for reducer in reducers:
         check_reducible(top, reducer.name)
@@ -284,7 +288,13 @@ def find_decoder(
     Raises:
         NotImplementedError: names what is missing for this family.
     """
-    kind = getattr(model.config, "model_type", type(model).__name__)
+    config: Any = model.config
+    kind = getattr(config, "model_type", type(model).__name__)
+    if text_config.is_encoder_decoder or config.is_encoder_decoder:
+        raise NotImplementedError(
+            f"{kind}: an encoder-decoder model; its image is read by the encoder, so no generated row attends to image "
+            "tokens directly"
+        )
     text_model = next(
         (
             m
@@ -296,6 +306,11 @@ def find_decoder(
     if text_model is None:
         raise NotImplementedError(f"{kind}: no text model with decoder layers was found under this model")
     layers = list(text_model.layers)  # type: ignore[arg-type]
+    if any(hasattr(layer, name) for layer in layers for name in ("cross_attn", "encoder_attn")):
+        raise NotImplementedError(
+            f"{kind}: its decoder looks at the image through cross-attention layers; the prompt holds no image tokens whose "
+            "attention could be edited"
+        )
     attentions = [
         (index, module)
         for index, layer in enumerate(layers)
@@ -304,6 +319,29 @@ def find_decoder(
     if not attentions:
         raise NotImplementedError(f"{kind}: its decoder layers have no self_attn module to edit")
     return text_model, layers, attentions
+
+
+def check_covered(methods: Sequence[Method], facts: ModelFacts) -> None:
+    """Say which layers have no attention; refuse to read attention there.
+
+    Raises:
+        ValueError: a method reads attention of such a layer.
+    """
+    if not facts.uncovered:
+        return
+    listed = ", ".join(map(str, facts.uncovered))
+    for method in methods:
+        if set(method.read_layers) & set(facts.uncovered):
+            raise ValueError(
+                f"{method.name} reads the attention of layers {method.read_layers}, but layers {listed} of "
+                f"{facts.model_type} have none (linear attention or convolution): choose others of 0..{facts.layers - 1}"
+            )
+    warnings.warn(
+        f"layers {listed} of {facts.model_type} have no attention that could be edited (linear attention or convolution): "
+        "they cannot be edited and stay as they are",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def check_processor(processor: Any, config: Any, text_config: Any) -> None:
