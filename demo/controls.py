@@ -118,9 +118,17 @@ def controls(cls: type[Method], config: Any = None) -> list[Control]:
     return found
 
 
+#: Methods that no caption can be streamed with.
+ELSEWHERE = {"mvp": "answers closed questions only", "opera": "writes nothing before its search has ended"}
+
+
 def all_controls(config: Any = None) -> dict[str, list[Control]]:
-    """The parameters of every registered method, by its name; without those of denoising steps, which the demo has not."""
-    known = {name: info.cls for name, info in registry.methods().items() if not getattr(info.cls, "timed", False)}
+    """The parameters of every registered method, by its name; without what the demo has not: denoising steps, `ELSEWHERE`."""
+    known = {
+        name: info.cls
+        for name, info in registry.methods().items()
+        if not getattr(info.cls, "timed", False) and name not in ELSEWHERE
+    }
     return {name: controls(cls, config) for name, cls in known.items()}
 
 

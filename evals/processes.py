@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from vlm_attn.evals._extras import require
 
 
@@ -17,8 +19,11 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self._state = require("accelerate").PartialState() if self.count > 1 else None
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        # Without a word about the CPU, accelerate takes a machine that has nothing else for a lone process.
+        state = require("accelerate").PartialState(cpu=not torch.accelerator.is_available()) if several else None
+        self._state = state
+        self.count: int = state.num_processes if state else 1
         self.rank: int = self._state.process_index if self._state else 0
 
     @property

@@ -2,8 +2,7 @@
 
 Batches are cut from the full ordered list of samples, and whole batches are what is written and resumed, so a
 resumed run equals a plain one in everything but the ``environment`` field (time, host). Under ``torchrun`` or ``accelerate
-launch`` every process takes every n-th batch and the first one writes, in the order of the list. Sharing among
-processes has no test yet.
+launch`` every process takes every n-th batch and the first one writes, in the order of the list.
 
 A results folder holds
 

@@ -120,7 +120,8 @@ def score_pope(answers: str | Path, questions: Sequence[str | Path], *, parser: 
             raise ValueError(f"{answers}, record {number + 1}: a second answer to {' '.join(map(str, key[1:]))}")
         given[key] = text
     ids = _question_ids(questions[0]) if keyed == "question_id" else []
-    samples, used = [], set()
+    samples: list[dict[str, Any]] = []
+    used = set()
     for place, question in enumerate(asked):
         key = {
             "question_id": lambda place=place: ("question_id", ids[place]),

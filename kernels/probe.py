@@ -9,7 +9,7 @@ entropy_r    = -sum_s attention_rs log attention_rs
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def probe(
 
 
 @register("probe", "triton", triton_refuses)
-def _probe_triton(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _probe_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     if torch.compiler.is_compiling():
         from vlm_attn.kernels import ops

@@ -16,6 +16,7 @@ from PIL import Image
 import vlm_attn
 from vlm_attn.demo import markup
 from vlm_attn.demo import studio as module
+from vlm_attn.demo.controls import all_controls
 from vlm_attn.demo.studio import MAX_RUNS, Picture, Run, open_upload, scene_picture
 from vlm_attn.evals.prompts import generate
 from vlm_attn.evals.specs import parse_specs
@@ -188,7 +189,7 @@ class TestLooking:
         with pytest.raises(ValueError, match="kept all image tokens"):
             studio.kept(last(studio, ["baseline", "gift"], tokens=2))
 
-    @pytest.mark.parametrize("name", [n for n, m in vlm_attn.methods().items() if not getattr(m.cls, "timed", False)])
+    @pytest.mark.parametrize("name", all_controls())
     def test_every_method(self, studio: Any, name: str) -> None:
         """Each one writes, on the bundled model, something that can be looked into."""
         try:

@@ -69,6 +69,20 @@ def test_kill_9_then_the_same_command(
     assert lasting(tmp_path) == plain
 
 
+def test_two_processes_give_the_same_files(
+    plain: tuple[Any, str], coco_folder: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    # accelerate launch starts several CPU processes only through MPI; torchrun starts them the same way without.
+    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    shared = command(coco_folder, tiny_model_folder, tmp_path)
+    done = call(*launch, "-m", "vlm_attn.cli", *shared)
+    assert done.returncode == 0, done.stderr
+    assert lasting(tmp_path) == plain
+    assert json.loads((tmp_path / "results.json").read_text())["environment"]["processes"] == 2
+    assert done.stdout.count("Written:") == 1  # one process speaks
+
+
 @pytest.fixture(scope="module")
 def dataset(coco_folder: Path) -> CocoDataset:
     return CocoDataset.from_folder(coco_folder)
