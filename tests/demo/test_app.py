@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -219,9 +220,19 @@ class TestCommand:
         """It says where it is, works, refuses a second one on the same port in one line, and leaves nothing behind."""
         command = [sys.executable, "-m", "vlm_attn.cli", "demo"]
         environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as served:
+        with (
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                # A shell starts its background jobs with Ctrl-C switched off, and children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            ) as served,
+            contextlib.ExitStack() as last,
+        ):
+            last.callback(served.kill)  # else a failure waits for ever
             assert served.stdout is not None
             line = next(line for line in served.stdout if "Running" in line)
             address = line.split()[2]
