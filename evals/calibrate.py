@@ -27,6 +27,7 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 import vlm_attn
+from vlm_attn import presets
 from vlm_attn.call import Call
 from vlm_attn.evals import chair, pope, runner
 from vlm_attn.evals.coco import CocoDataset
@@ -324,16 +325,10 @@ def preset_of(
     model: Any, name: str, constants: dict[str, dict[str, Any]], why: dict[str, str], found: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of a preset file."""
-
-    def fact(dotted: str) -> Any:
-        value = model.config
-        for part in dotted.split("."):
-            value = getattr(value, part, None)
-        return value
-
+    facts = {key: presets.fact(model.config, key) for key in FACTS}
     return {
         "description": f"measured on {name}",
-        "model": {key: fact(key) for key in FACTS if fact(key) is not None},
+        "model": {key: value for key, value in facts.items() if value is not None},
         "methods": constants,
         "provenance": {
             **why,
@@ -341,11 +336,7 @@ def preset_of(
             f"{found['images']} images of {found['data']} (sha256 of their ids {found['image_ids_sha256'][:12]}), "
             f"question {found['prompt']!r}",
         },
-        "measurements": {
-            key: found[key]
-            for key in ("layers", "sinks", "peaks", "heads", "image_centric", "grid", "check")
-            if key in found
-        },
+        "measurements": {key: found[key] for key in MEASURED if key in found},
     }
 
 

@@ -44,7 +44,8 @@ def load(preset: str) -> dict[str, Any]:
     return data
 
 
-def _value(config: Any, dotted: str) -> Any:
+def fact(config: Any, dotted: str) -> Any:
+    """A fact of a ``model`` table, as a config has it (``"text_config.hidden_size"``); None if it has none."""
     for part in dotted.split("."):
         config = getattr(config, part, None)
     return config
@@ -53,7 +54,7 @@ def _value(config: Any, dotted: str) -> Any:
 def mismatch(preset: dict[str, Any], config: Any) -> str | None:
     """The first fact of the preset's ``model`` table that the config does not meet, as text; None if it fits."""
     for key, wanted in preset.get("model", {}).items():
-        found = _value(config, key)
+        found = fact(config, key)
         if found != wanted:
             return f"{key} is {found!r}, the preset is for {wanted!r}"
     return None
