@@ -1,0 +1,120 @@
+"""What the documentation says: its code runs, its tables and pages are whole, and the site builds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vlm_attn
+from vlm_attn import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```python(?: title=\"(?P<file>[\w.]+)\")?\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+def run_blocks(page: str, folder: Path) -> dict[str, Any]:
+    """Run a page's Python blocks as one program; a block with a title is a file beside it."""
+    names: dict[str, Any] = {}
+    for number, block in enumerate(BLOCK.finditer((DOCS / page).read_text(encoding="utf-8")), 1):
+        if block["file"]:
+            (folder / block["file"]).write_text(block["code"], encoding="utf-8")
+        else:
+            exec(compile(block["code"], f"{page}, block {number}", "exec"), names)
+    return names
+
+
+def test_quick_start_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_blocks("quickstart.md", tmp_path)
+    assert not vlm_attn.is_patched(names["model"])
+    assert "VISUAL" in capsys.readouterr().out
+    assert [tuple(found.shape) for found in names["maps"]] == [(8, 8)]
+
+
+def test_plugins_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_blocks("plugins.md", tmp_path)
+    assert names["found"][0]["generated_text"].strip()
+    vlm_attn.unpatch(names["model"])
+
+
+def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method of the page, in its file, and under its name once a package says so in its entry points."""
+    monkeypatch.syspath_prepend(tmp_path)
+    names = run_blocks("write-a-method.md", tmp_path)
+    assert names["plain"] != names["away"]
+    entry = re.search(r"^```toml\n(.*?)^```$", (DOCS / "write-a-method.md").read_text(), re.M | re.S)
+    assert entry is not None
+    group, line = entry[1].splitlines()
+    info = tmp_path / "spotlight-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: spotlight\nVersion: 1.0\n")
+    found = re.fullmatch(r'(\w+) = "([\w.:]+)"', line)
+    assert found is not None
+    (info / "entry_points.txt").write_text(
+        f"{group.replace('project.entry-points.', '').replace(chr(34), '')}\n{found[1]} = {found[2]}\n"
+    )
+    registry._targets.cache_clear()
+    try:
+        with vlm_attn.patched(names["model"], "spotlight", factor=3.0) as model:
+            assert [method.factor for method in vlm_attn.patching.engine_of(model).methods] == [3.0]
+        assert vlm_attn.methods()["spotlight"].summary == "Multiply what the image gets."
+    finally:
+        registry._targets.cache_clear()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_every_method_has_its_line(page: str) -> None:
+    """A row of a table begins with the names it is about."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = {name for row in re.findall(r"^\| (`[^|]*)\|", text, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert set(registry.METHODS) - named == set()
+
+
+def test_links_lead_somewhere() -> None:
+    """Relative links of every page, as a reader of the repository follows them."""
+    for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("evals/scenes/model*/README.md")]:
+        for target in re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built so that every warning is an error."""
+    for name in ("mkdocs", "material"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: the docs extra brings it")
+    out = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_site_has_a_page_for_every_method(site: Path) -> None:
+    for name, info in vlm_attn.methods().items():
+        page = (site / "methods" / name / "index.html").read_text(encoding="utf-8")
+        for field in dataclasses.fields(info.cls):
+            assert f"<code>{field.name}</code>" in page, (name, field.name)
+        assert f'href="{name}/"' in (site / "methods" / "index.html").read_text(encoding="utf-8")
+
+
+def test_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|img|link rel=\"(?:stylesheet|preconnect)\")[^>]*(?:src|href)=\"(http[^\"]*)", page.read_text()
+        )
+        assert loaded == [], page
