@@ -13,8 +13,9 @@ from vlm_attn.kernels import Edit, ScoreEdit
 from vlm_attn.layout import TokenLayout
 
 if TYPE_CHECKING:
+    from vlm_attn.dropping import Reduction
     from vlm_attn.method import Method
-    from vlm_attn.reduction import Picture, Reducer, Reduction
+    from vlm_attn.reduction import Picture, Reducer
 
 Mode = Literal["prompt", "edited", "other"]
 T = TypeVar("T")

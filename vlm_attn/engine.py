@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_attn import host, reduction
+from vlm_attn import dropping, host
 from vlm_attn.branch import Decoding, Run
 from vlm_attn.call import Call
 from vlm_attn.chat import ChatTemplate, find_question
@@ -29,6 +29,7 @@ from vlm_attn.kernels import Edit, Group, ScoreEdit, merged
 from vlm_attn.kernels.masks import Mask, materialise
 from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
 from vlm_attn.method import Method
+from vlm_attn.reduction import KeptImage, Reducer
 
 # (layer, out [B, Q, H, D], attention of the last row [B, H, 1, S] on demand) -> out
 Tap = Callable[[int, Tensor, Callable[[], Tensor]], Tensor]
@@ -60,7 +61,7 @@ class Engine:
         self.query_span = query_span
         self.base = "sdpa"  # implementation the model had
         self.told = False  # whether a warning that is given once has been given
-        self.kept: tuple[reduction.KeptImage, ...] = ()  # of the last prompt
+        self.kept: tuple[KeptImage, ...] = ()  # of the last prompt
         self.force = False  # run neutral methods through the edit path too
         self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends
         self.see: Callable[..., None] | None = (
@@ -126,7 +127,7 @@ class Engine:
     @property
     def reduces(self) -> bool:
         """Whether visual tokens are taken away."""
-        return any(isinstance(m, reduction.Reducer) for m in self.active)
+        return any(isinstance(m, Reducer) for m in self.active)
 
     def edits(self, call: Call, layer: int) -> list[Edit | ScoreEdit]:
         """Edits of a layer for the rows that run now, in the methods' order. They stay the same once the prompt has run."""
@@ -389,7 +390,7 @@ class Engine:
             raise NotImplementedError(
                 "visual tokens can only be taken away when the whole prompt runs at once: "
                 "leave out prefill_chunk_size, or patch without "
-                + "+".join(m.name for m in self.active if isinstance(m, reduction.Reducer))
+                + "+".join(m.name for m in self.active if isinstance(m, Reducer))
             )
         if self.mask is not None and not call.canvas:  # the denoising loop's mask has it
             kwargs["attention_mask"] = self._prompt_mask(call, cache, embeds)
@@ -465,7 +466,7 @@ class Engine:
         if body:
             call.length = body
             output = module.forward(**rows(0, body))
-            reduction.restore(call, output)
+            dropping.restore(call, output)
             if body > cut:
                 host.rewind(cache, body - cut)
         for method in self.active:
@@ -485,7 +486,7 @@ class Engine:
             if call.reduction is not None:
                 self.kept = call.reduction.report(call.prompt.images)
                 if call.mode == "prompt":
-                    reduction.restore(call, output)
+                    dropping.restore(call, output)
             if "cut" not in pending:
                 for method in self.active:
                     method.prompt_read(call, call.rows(method))
@@ -533,7 +534,7 @@ class LayerHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take tokens away, then hand the layer's input to the engine."""
-        new = reduction.before_layer(self.engine, module, self.layer, args, kwargs)
+        new = dropping.before_layer(self.engine, module, self.layer, args, kwargs)
         self.engine.before_layer(self.layer, *(new or (args, kwargs)))
         return new
 

@@ -18,7 +18,8 @@ from vlm_attn.engine import Engine, LayerHook
 from vlm_attn.families import check_maskable, check_reducible, cls_attention_module, family_of, image_token_ids
 from vlm_attn.layout import is_span
 from vlm_attn.method import Method, ModelFacts
-from vlm_attn.reduction import KeptImage, Reducer, VisionHook
+from vlm_attn.reduction import KeptImage, Reducer
+from vlm_attn.tower import VisionHook
 
 Model = TypeVar("Model", bound=nn.Module)
 MethodLike = str | Method | Sequence["str | Method"]

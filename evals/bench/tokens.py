@@ -26,9 +26,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 import vlm_attn
-from vlm_attn import host, reduction, registry, visual_token_ops
+from vlm_attn import dropping, host, registry, visual_token_ops
 from vlm_attn.evals.bench.flops import prefill_flops
 from vlm_attn.evals.bench.overhead import _Clock, _summary, build_model
+from vlm_attn.reduction import scaled
 
 REDUCERS = (
     "random",
@@ -47,7 +48,7 @@ REDUCERS = (
 def reducer(name: str, keep: float, layers: int) -> Any:
     """A reducer as it is measured. FastV's K is 3 of 32 layers, at the same depth; the others scale by themselves."""
     if name == "fastv":
-        return visual_token_ops.FastV(layer=reduction.scaled((3,), layers)[0], keep=keep)
+        return visual_token_ops.FastV(layer=scaled((3,), layers)[0], keep=keep)
     return registry.build(name, keep=keep)
 
 
@@ -83,7 +84,7 @@ def time_once(
     cuda = inputs["input_ids"].is_cuda
     clock = _Clock(torch.cuda.synchronize if cuda else lambda: None, now)
     spent = 0.0
-    original = reduction._reduce
+    original = dropping._reduce
 
     def timed(*args: Any) -> Any:
         nonlocal spent
@@ -100,7 +101,7 @@ def time_once(
         torch.cuda.reset_peak_memory_stats()
     if method is not None:
         vlm_attn.patch(model, method)
-        reduction._reduce = timed  # type: ignore[assignment]
+        dropping._reduce = timed  # type: ignore[assignment]
     try:
         clock.synchronize()
         start = now()
@@ -115,7 +116,7 @@ def time_once(
         if method is not None:
             columns = columns_per_layer(model, columns[0], layers)
     finally:
-        reduction._reduce = original
+        dropping._reduce = original
         if method is not None:
             vlm_attn.unpatch(model)
     steps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]

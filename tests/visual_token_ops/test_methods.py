@@ -13,7 +13,8 @@ from tests.helpers import Inputs, close, differ
 from vlm_attn.families import FAMILIES, cls_attention_module
 from vlm_attn.layout import ImageSpan
 from vlm_attn.method import ModelFacts
-from vlm_attn.reduction import Picture, cls_attention, highest, kept_count, on_tokens, scaled
+from vlm_attn.reduction import Picture, highest, kept_count, scaled
+from vlm_attn.tower import cls_attention, on_tokens
 from vlm_attn.visual_token_ops import (
     VTW,
     DivPrune,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlm_attn import host, reduction
+from vlm_attn import dropping, host
 from vlm_attn.chat import find_question
 from vlm_attn.families import image_token_ids
 from vlm_attn.kernels.masks import Mask, materialise
@@ -99,7 +99,7 @@ class Stream:
         if once and self.embeds is None:
             self.forward(tokens, 0, self.start)
         first = self.start if once else 0
-        if self.call is not None and self.cache is not None and reduction.thin(self.call, self.cache):
+        if self.call is not None and self.cache is not None and dropping.thin(self.call, self.cache):
             self.engine.kept = self.call.reduction.report(self.call.prompt.images)
         if kind in ("block", "dual") and step:
             self.forward(tokens, begin, begin + size if kind == "dual" else self.total)
