@@ -148,10 +148,11 @@ class Search:
         processors: Any,
         criteria: Callable[..., Tensor],
     ) -> None:
-        self.method, self.engine, self.ids, self.beams, self.config = method, run.engine, ids, beams, config
+        self.method, self.ids, self.beams, self.config = method, ids, beams, config
         self.processors, self.criteria = processors, criteria
         inputs = one_row(run, row)
-        self.stream = Stream(run.engine, run.model, inputs)
+        self.stream = Stream(run.engine, run.model, inputs, self.see)
+        self.seen = torch.empty(0)  # [R, S] the last layer's attention in the last row of the newest forward
         self.visual = run.call.prompt.visual[row, -inputs["input_ids"].shape[1] :]
         self.last = len(run.engine.text_model.layers) - 1  # type: ignore[arg-type]
         self.back: defaultdict[int, list[int]] = defaultdict(list)  # place -> tokens that were given up there
@@ -184,20 +185,16 @@ class Search:
     def ahead(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Run ``[W, n]`` or ``[W * N, n]`` tokens: logits ``[.., V]``, and the last one's attention ``[.., S]``."""
         times = self.beams * self.method.candidates // len(tokens)
-        seen: list[Tensor] = []
-
-        def see(layer: int, attention: Callable[[], Tensor]) -> None:
-            if layer == self.last and tokens.shape[1]:
-                seen[:] = [attention()[:, :, -1].amax(1)]
-
-        self.engine.see = see
-        try:
-            ids = torch.cat([self.ids.expand(len(tokens), -1), tokens], 1).repeat_interleave(times, 0)
-            logits = self.stream.logits(ids)[::times]
-        finally:
-            self.engine.see = None
-        attention = seen[0][::times] if seen else torch.empty(0)
+        ids = torch.cat([self.ids.expand(len(tokens), -1), tokens], 1).repeat_interleave(times, 0)
+        logits = self.stream.logits(ids)[::times]
+        attention = self.seen[::times]
         return logits, attention / attention.sum(-1, keepdim=True)
+
+    def see(self, layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """Keep the last layer's attention, the largest over heads."""
+        if layer == self.last:
+            self.seen = attend()[:, :, 0].amax(1)
+        return out
 
     def length(self, tokens: int) -> float:
         """What a score is divided by."""

@@ -81,7 +81,7 @@ class Vhr(Method):
         if heads:
             return
 
-        def tap(layer: int, out: Tensor, attend: Callable[[], Tensor]) -> Tensor:
+        def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
             if layer not in self.layers:
                 return out
             seen, blind = out[:, -1].float().chunk(2)
@@ -176,7 +176,7 @@ def token_divergence(model: Any, inputs: Mapping[str, Any], answer: Sequence[int
             whole[name] = torch.cat([value, new.to(value)], 1)
     found: list[Tensor] = []
 
-    def tap(layer: int, out: Tensor, attend: Callable[[], Tensor]) -> Tensor:
+    def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         seen, blind = out[:, -len(answer) - 1 : -1].float().chunk(2)
         found.append(head_divergence(seen, blind)[0][0].cpu())
         return out

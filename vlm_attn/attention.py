@@ -74,14 +74,8 @@ def vlm_attention(
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = tag.engine.call if tag is not None else None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if tag is not None and call is None and tag.engine.see is not None:
-        tag.engine.see(
-            tag.layer,
-            lambda: attention_rows(query, key, mask=attention_mask, scale=scale, softcap=kwargs.get("softcap")),
-        )
     if tag is not None and tag.engine.tap is not None:
-        return _tapped(tag, tag.engine.tap, plain, query, key, attention_mask, scaling, kwargs.get("softcap"))
+        return _tapped(tag, tag.engine.tap, plain, query, key, attention_mask, scale, kwargs.get("softcap"))
     if tag is None or call is None or call.mode == "other":
         return plain()
     for name, what in REFUSED.items():
@@ -156,15 +150,17 @@ def _tapped(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
-    scaling: float | None,
+    scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The plain attention, shown to a method that looks at it before the prompt runs."""
+    """The plain attention, shown to a method that looks at it in a stream beside the call."""
 
-    def attend() -> Tensor:
-        last = None if mask is None else mask[:, :, -1:]
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attention_rows(query[:, :, -1:], key, mask=last, scale=scale, softcap=softcap)
+    def attend(rows: slice = slice(-1, None)) -> Tensor:
+        seen = mask
+        if seen is None:  # "no mask" means causal
+            size = query.shape[2], key.shape[2]
+            seen = torch.ones(size, dtype=torch.bool, device=key.device).tril(size[1] - size[0])[None, None]
+        return attention_rows(query[:, :, rows], key, mask=seen[:, :, rows], scale=scale, softcap=softcap)
 
     out, weights = plain()
     return tap(tag.layer, out, attend), weights

@@ -25,7 +25,7 @@ from vlm_attn.families import image_marker_ids
 from vlm_attn.method import Method, check_range
 
 if TYPE_CHECKING:
-    from vlm_attn.engine import Engine
+    from vlm_attn.engine import Engine, Tap
 
 PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 
@@ -212,10 +212,11 @@ class Stream:
         engine: the patched state.
         model: the model.
         inputs: inputs of the prompt, as :meth:`Branch.second` gives them.
+        tap: see :meth:`~vlm_attn.engine.Engine.aside`.
     """
 
-    def __init__(self, engine: Engine, model: Any, inputs: Mapping[str, Tensor]) -> None:
-        self.engine, self.model = engine, model
+    def __init__(self, engine: Engine, model: Any, inputs: Mapping[str, Tensor], tap: Tap | None = None) -> None:
+        self.engine, self.model, self.tap = engine, model, tap
         self.inputs = {name: value.to(model.device) for name, value in inputs.items()}
         self.mask = self.inputs["attention_mask"]
         self.cache = host.new_cache(engine.text_config)
@@ -274,7 +275,7 @@ class Stream:
         given: dict[str, Any] = {**inputs, "position_ids": positions, "use_cache": True, host.CACHE: self.cache}
         if "logits_to_keep" in signature(type(self.model).forward).parameters:
             given["logits_to_keep"] = 1
-        with self.engine.aside(), torch.no_grad():
+        with self.engine.aside(tap=self.tap), torch.no_grad():
             return self.model(**given).logits[:, -1].float()
 
 

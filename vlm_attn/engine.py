@@ -31,8 +31,8 @@ from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, ru
 from vlm_attn.method import Method
 from vlm_attn.reduction import KeptImage, Reducer
 
-# (layer, out [B, Q, H, D], attention of the last row [B, H, 1, S] on demand) -> out
-Tap = Callable[[int, Tensor, Callable[[], Tensor]], Tensor]
+# (layer, out [B, Q, H, D], attention [B, H, R, S] of some rows on demand, of the last one by default) -> out
+Tap = Callable[[int, Tensor, Callable[..., Tensor]], Tensor]
 CACHE_NOTE = "_vlm_attn_call"  # a cache remembers the call that filled it, for decode loops and later turns
 
 
@@ -64,10 +64,7 @@ class Engine:
         self.kept: tuple[KeptImage, ...] = ()  # of the last prompt
         self.force = False  # run neutral methods through the edit path too
         self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends
-        self.see: Callable[..., None] | None = (
-            None  # is shown a layer and what gives its attention, in a stream beside the call
-        )
-        self.tap: Tap | None = None  # stands behind every layer's attention while the plain model is looked at
+        self.tap: Tap | None = None  # stands behind every layer's attention in a stream beside the call
         self.call: Call | None = None
         self.spans: dict[str, Any] | None = None
         self.undo: list[Any] = []
@@ -84,7 +81,6 @@ class Engine:
         idle = {
             "call": None,
             "watch": None,
-            "see": None,
             "tap": None,
             "spans": None,
             "_pending": None,
@@ -311,7 +307,8 @@ class Engine:
 
         Args:
             methods: those that this thread's runs apply; other threads wait for their turn, and have their own.
-            tap: gets the attention of every layer, and gives what goes on to the output projection.
+            tap: gets what comes out of every layer's attention, ``[B, Q, H, D]``, with a function that gives the attention of
+                the last row, or of a slice of rows, ``[B, H, R, S]`` float32; it gives what goes on to the output projection.
         """
         before = self.call, self.tap, self._aside
         self.call, self.tap, self._aside = None, tap, (threading.get_ident(), tuple(methods))
