@@ -1,9 +1,9 @@
-"""AGLA: assembly of global and local attention (arXiv 2406.12718, CVPR 2025), with the model's own attention."""
+"""AGLA: assembly of global and local attention (arXiv 2406.12718, CVPR 2025)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from vlm_attn.branch import PIXELS, Branch, Run, plausible, with_pixels
 from vlm_attn.call import Call
+from vlm_attn.clip import check_clip, gradient_map, load, shown
 from vlm_attn.method import ModelFacts, at_depth, check_range, layer_tuple
 
 
@@ -21,12 +22,15 @@ class Agla(Branch):
     Attributes:
         alpha: weight of the second stream. Range 0..20.
         beta: a token must be at least this share of the likeliest one's probability. Range 0..1; 0 = no cut.
-        keep: share of a picture's tokens that is left. Range (0, 1].
+        keep: share of a picture's tokens that is left. Range (0, 1]; ``"similarity"`` (with ``clip``): ``1 - s / 2``, where
+            s is the cosine of picture and question, as in the paper.
         layers: layers whose attention from the question to the image ranks the tokens; empty = the middle one.
+        clip: ``architecture:weights`` of open_clip, such as ``"ViT-L-14-336:openai"``: a CLIP model ranks instead, by Grad-CAM
+            of its cosine of picture and question. It needs ``patch(processor=)`` and pictures of one block of pixels each.
 
-    Deviation: the paper ranks by a second model (Grad-CAM of BLIP's image-text matching) and keeps ``1 - s / 2`` of the
-    picture, s being that model's similarity. Here the model's own attention ranks, read while the prompt runs, and the share is
-    fixed.
+    Deviation: the paper's second opinion is Grad-CAM of BLIP's image-text matching. Here it is CLIP's, or the model's own
+    attention, read while the prompt runs; and the share is fixed unless told otherwise. The cells are the model's tokens, where
+    the released code masks pixels of a blurred map.
     What is taken away becomes zero in the processor's normalised pixels, a grey. Beside a method that edits the last row, that
     row does not count as part of the question. Cost: a second prompt, its picture included, and a second forward per token.
     """
@@ -37,13 +41,21 @@ class Agla(Branch):
 
     alpha: float = 2.0
     beta: float = 0.5
-    keep: float = 0.75
+    keep: float | Literal["similarity"] = 0.75
     layers: tuple[int, ...] = ()
+    clip: str = ""
 
     def __post_init__(self) -> None:
         check_range(self, "alpha", 0, 20)
         check_range(self, "beta", 0, 1)
-        check_range(self, "keep", 0, 1, open_low=True)
+        if self.clip:
+            check_clip(self.name, self.clip)
+        if self.keep != "similarity":
+            check_range(self, "keep", 0, 1, open_low=True)
+        elif not self.clip:
+            raise ValueError(
+                'agla: keep="similarity" asks a CLIP model: give clip="architecture:weights", or keep= a share'
+            )
         layer_tuple(self, "layers", empty=True)
 
     @property
@@ -54,11 +66,23 @@ class Agla(Branch):
     @property
     def read_layers(self) -> tuple[int, ...]:
         """The layers that rank."""
-        return self.layers
+        return () if self.clip else self.layers
 
     def bind(self, facts: ModelFacts) -> Agla:
-        """Check the layers; without any, the middle one."""
+        """Check the layers; without any, the middle one. Load CLIP, so that a wrong name is told when the model is patched."""
+        if self.clip and not self.neutral:
+            load(self.clip)
         return at_depth(self, facts, 16, 17)
+
+    def start(self, call: Call, processor: Any) -> None:
+        """Let CLIP look at the pictures.
+
+        Raises:
+            ValueError, NotImplementedError: see :func:`vlm_attn.clip.shown`.
+        """
+        if self.clip:
+            for number, image, pixels, text in shown(self.name, call, processor):
+                call.memory(self)[number] = gradient_map(self.clip, pixels, text, image.grid)
 
     def read_rows(self, call: Call) -> Tensor:
         """The question's columns ``[B, M]``, padded on the right with -1."""
@@ -68,8 +92,13 @@ class Agla(Branch):
 
     def prompt_read(self, call: Call, rows: dict[int, Tensor]) -> None:
         """Attention of the question to every column, summed over layers, heads and words: ``[B, P]``."""
+        if self.clip:
+            return
         valid = (self.read_rows(call) >= 0)[:, None, :, None]
-        call.memory(self)["looks"] = sum((rows[layer] * valid).sum((1, 2)) for layer in self.layers)
+        looks = sum((rows[layer] * valid).sum((1, 2)) for layer in self.layers)
+        times = len(looks) // call.prompt.batch  # type: ignore[arg-type]  # beams
+        for number, image in enumerate(call.prompt.images):
+            call.memory(self)[number] = looks[image.row * times, image.start : image.stop], 0.0  # type: ignore[index]
 
     def refuse(self, run: Run) -> None:
         """One block of pixels for every picture, whose tokens form a grid."""
@@ -88,15 +117,14 @@ class Agla(Branch):
 
     def second(self, run: Run) -> dict[str, Tensor]:
         """The same prompt with what the question does not look at taken out of its pictures."""
-        looks = run.call.memory(self)["looks"]
-        times = len(looks) // run.call.prompt.batch  # beams
 
         def hide(pixels: Tensor, number: int) -> Tensor:
-            image = run.call.prompt.images[number]
-            shown = most(looks[image.row * times, image.start : image.stop], self.keep).view(image.grid).to(pixels)
+            looks, similar = run.call.memory(self)[number]
+            share = 1 - max(0.0, similar) / 2 if self.keep == "similarity" else self.keep
+            left = most(looks, share).view(run.call.prompt.images[number].grid).to(pixels)
             if pixels.ndim == 4:
-                return pixels * interpolate(shown[None, None], pixels.shape[-2:], mode="nearest")
-            return pixels * shown.flatten().repeat_interleave(len(pixels) // shown.numel())[:, None]
+                return pixels * interpolate(left[None, None], pixels.shape[-2:], mode="nearest")
+            return pixels * left.flatten().repeat_interleave(len(pixels) // left.numel())[:, None]
 
         return with_pixels(run, hide)
 

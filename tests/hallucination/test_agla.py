@@ -14,6 +14,8 @@ import vlm_attn
 from tests import tiny
 from tests.helpers import ACTIVE, Inputs, alone, close, differ, stock
 from tests.oracle import attentions
+from tests.processors import encode, processor, user
+from vlm_attn.clip import gradient_map, load, natural
 from vlm_attn.hallucination import Agla, Gift
 from vlm_attn.hallucination.agla import most
 
@@ -168,3 +170,73 @@ class TestParts:
             Agla(keep=0)
         with vlm_attn.patched(model, "agla"), pytest.raises(ValueError, match="pass pixel_values"):
             model.generate(input_ids=inputs(SINGLE)["input_ids"])
+
+
+class TestClip:
+    """A CLIP as the second opinion."""
+
+    def test_gradient_map(self, clip: str) -> None:
+        """Against finite differences: how the cosine grows with each cell of what enters the last block."""
+        model, tokenizer = load(clip)
+        pixels = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(0)).double()
+        tower, change = model.visual, [0, 0.0]
+        mean, std = (torch.tensor(v).double()[:, None, None] for v in (tower.image_mean, tower.image_std))
+
+        def grow(module: Any, args: Any) -> Any:
+            state = args[0].clone()
+            state[:, change[0]] *= 1 + change[1]
+            return state, *args[1:]
+
+        def like(cell: int = 0, step: float = 0.0) -> float:
+            change[:] = [cell, step]
+            picture = model.encode_image(((pixels - mean) / std)[None], normalize=True)
+            return float((picture @ words.T).mean())
+
+        model.double()  # the slopes of random weights are small
+        try:
+            found, cosine = gradient_map(clip, pixels, "Is it a dog? Yes.", (3, 3))
+            words = torch.cat([model.encode_text(tokenizer([t]), normalize=True) for t in ("Is it a dog?", "Yes.")])
+            hook = tower.transformer.resblocks[-1].register_forward_pre_hook(grow)
+            assert cosine == pytest.approx(like())
+            wanted = [(like(cell, 1e-4) - like(cell, -1e-4)) / 2e-4 for cell in range(1, 10)]
+            hook.remove()
+        finally:
+            model.float()
+        assert found.tolist() == pytest.approx(wanted, rel=1e-4)
+        with torch.inference_mode():
+            inside = gradient_map(clip, pixels.float(), "Is it a dog? Yes.", (3, 3))[0]
+        assert torch.equal(inside, gradient_map(clip, pixels.float(), "Is it a dog? Yes.", (3, 3))[0])
+
+    @pytest.mark.parametrize("keep", [0.6, "similarity"])
+    def test_the_second_stream(self, clip: str, keep: Any) -> None:
+        """Pictures by the question's map; the scores are the contrast of both streams' plain logits."""
+        model, _ = built("llava")
+        own = processor()
+        x = encode(own, [user("what colour is the dog ?", 1)], [user("how many dogs ? is it big ?", 2)])
+        colours = natural(x["pixel_values"], own.image_processor)
+        texts = ["what colour is the dog ?"] + ["how many dogs ? is it big ?"] * 2
+        view = {**x, "pixel_values": x["pixel_values"].clone()}
+        for n, text in enumerate(texts):
+            looks, similar = gradient_map(clip, colours[n], text, (3, 3))
+            share = 1 - max(0.0, similar) / 2 if keep == "similarity" else keep
+            for cell in looks.argsort()[: 9 - max(1, round(share * 9))].tolist():
+                down, right = 4 * (cell // 3), 4 * (cell % 3)
+                view["pixel_values"][n, :, down : down + 4, right : right + 4] = 0
+        with vlm_attn.patched(model, Agla(alpha=2.0, beta=0.0, keep=keep, clip=clip), processor=own):
+            scores = run(model, x, max_new_tokens=1).scores[0]
+            beams = run(model, x, num_beams=2, max_new_tokens=2)
+        with torch.no_grad():
+            said = [model(**inputs).logits[:, -1].log_softmax(-1) for inputs in (x, view)]
+        close(scores, (said[0] + 2 * said[1]).log_softmax(-1), 1e-4)
+        assert beams.sequences.shape[0] == 2
+
+    def test_refused(self, clip: str) -> None:
+        model, inputs = built("llava")
+        with pytest.raises(ValueError, match="asks a CLIP model"):
+            Agla(keep="similarity")
+        with pytest.raises(ValueError, match="architecture:weights"):
+            Agla(clip="ViT-L-14-336")
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            vlm_attn.patch(model, "agla", clip="no-such:model")
+        with vlm_attn.patched(model, "agla", clip=clip), pytest.raises(ValueError, match="processor="):
+            model.generate(**inputs(SINGLE))

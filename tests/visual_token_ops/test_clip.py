@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +15,13 @@ from tests import tiny
 from tests.helpers import ACTIVE, Inputs, close, differ, generate, logits, same
 from tests.processors import encode, processor, user
 from tests.visual_token_ops.test_methods import picture
+from vlm_attn.clip import load, natural, similarity
 from vlm_attn.hallucination import Gift
 from vlm_attn.reduction import highest
 from vlm_attn.visual_token_ops import CDPruner, Trim
 from vlm_attn.visual_token_ops.cdpruner import likeliest, scaled_to_one
-from vlm_attn.visual_token_ops.clip import load, natural, similarity
 
-open_clip = pytest.importorskip("open_clip")
-TOWER = {"image_size": 12, "patch_size": 4, "layers": 2, "width": 32, "head_width": 8}
-WORDS = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "tiny-test.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": TOWER, "text_cfg": WORDS}))
-    open_clip.add_model_config(folder)
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-test").state_dict(), folder / "weights.pt")
-    yield f"tiny-test:{folder / 'weights.pt'}"
-    load.cache_clear()
+pytest.importorskip("open_clip")
 
 
 @pytest.fixture(scope="module")
