@@ -9,6 +9,7 @@ from types import ModuleType
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "evals": (("pycocotools", "scipy", "matplotlib", "simplemma", "accelerate"), "vlm-attn eval, score and report"),
     "demo": (("gradio", "simplemma"), "vlm-attn demo: the browser demo"),
+    "lmms": (("lmms_eval",), "tasks of lmms-eval with --model vlm_attn"),
     "clip": (("open_clip", "timm", "torchvision"), "CLIP scores and saliency from a CLIP model"),
 }
 
