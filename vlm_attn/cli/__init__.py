@@ -1,10 +1,10 @@
-"""The command line: ``vlm-attn methods | caption | demo | eval | score | report | calibrate | mask | scenes | bench | doctor``.
+"""The command line: ``vlm-attn methods | caption | demo | eval | score | experiment | calibrate | mask | scenes | bench ...``.
 
 This package imports only typer when it is loaded, so that help is quick; torch, the evaluations and everything
 above it are imported by name when a command runs.
 """
 
-from vlm_attn.cli import bench, evaluate, scenes, show
+from vlm_attn.cli import bench, evaluate, experiment, scenes, show
 from vlm_attn.cli.common import app, main
 
-__all__ = ["app", "bench", "evaluate", "main", "scenes", "show"]
+__all__ = ["app", "bench", "evaluate", "experiment", "main", "scenes", "show"]

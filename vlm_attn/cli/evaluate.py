@@ -45,7 +45,8 @@ class EvalName(StrEnum):
     chair = "chair"
 
 
-def _dataset(data: str, split: str | None) -> Any:
+def dataset_of(data: str, split: str | None) -> Any:
+    """The scenes, or a COCO folder, by what ``--data`` and ``--split`` say."""
     if data == "scenes":
         if split not in (None, "validation", "test"):
             raise ValueError(f"split {split!r}: the scenes world has validation and test")
@@ -132,7 +133,7 @@ def evaluate(
     names = list(dict.fromkeys(name.value for name in evals))
     runs = evals_module("specs").with_pruning(method or usual(model, "baseline", "gift", "var"), prune)
     specs = evals_module("specs").parse_specs(runs, param or [], preset)
-    dataset = _dataset(data, split)
+    dataset = dataset_of(data, split)
     image_ids = evals_module("tasks").read_image_ids(ids) if ids is not None else None
     tasks = []
     for name in names:
@@ -342,7 +343,7 @@ def calibrate(
     module.check(names)
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
-    dataset = _dataset(data, split)
+    dataset = dataset_of(data, split)
     loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
     preset, found = module.calibrate(
         loaded,

@@ -1,0 +1,92 @@
+"""``vlm-attn experiment``: settings searched on one split, every method scored once on another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_attn.cli.common import (
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    TrustRemoteCode,
+    app,
+    console_of,
+    evals_module,
+    quiet_libraries,
+    quiet_warnings,
+)
+from vlm_attn.cli.evaluate import dataset_of
+
+
+@app.command()
+def experiment(
+    out: Annotated[Path, typer.Option(help="Folder of everything; a stopped run goes on from there.", file_okay=False)],
+    model: Model = "scenes",
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="Runs, as in GRIDS of evals/experiment.py. Repeats. [default: all]"),
+    ] = None,
+    data: Annotated[str, typer.Option(help="[b]scenes[/b], or a COCO folder.")] = "scenes",
+    search_split: Annotated[str, typer.Option(help="Where settings are chosen.")] = "validation",
+    split: Annotated[str, typer.Option(help="Where they are scored, once.")] = "test",
+    search: Annotated[int, typer.Option(help="Images to choose settings on.", min=2)] = 150,
+    limit: Annotated[int | None, typer.Option(help="Images to score on.", min=2, show_default="500")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per step.", min=1)] = 32,
+    max_new_tokens: MaxNewTokens = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Search every method's settings on one split and score it once on another, beside the plain model.
+
+    Takes hours on a CPU. [b]vlm-attn report OUT/test[/b] makes the tables.
+
+    Example: [b]vlm-attn experiment --out runs/effect --method gift --method vcd[/b]
+    """
+    from rich import progress
+
+    quiet_warnings()
+    module = evals_module("experiment")
+    labels = list(dict.fromkeys(method or module.GRIDS))
+    for label in labels:
+        module.settings(label)
+    searched_on, tested_on = dataset_of(data, search_split), dataset_of(data, split)
+    quiet_libraries()
+    console = console_of()
+    with console.status(f"Loading {model} ..."):
+        loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        rows: dict[str, progress.TaskID] = {}
+
+        def done(what: str, count: int, total: int) -> None:
+            if what not in rows:
+                rows[what] = bar.add_task(what, total=total)
+            bar.advance(rows[what], count)
+            bar.update(rows[what], visible=not bar.tasks[rows[what]].finished)
+
+        module.experiment(
+            loaded,
+            processor,
+            labels,
+            model_name=model,
+            searched_on=searched_on,
+            tested_on=tested_on,
+            out=out,
+            search_images=search,
+            limit=limit,
+            max_new_tokens=max_new_tokens or (64 if data == "scenes" else 512),
+            batch_size=batch_size,
+            done=done,
+        )
+    console.print(f"Written: {out}. The tables: vlm-attn report {out / 'test'}", soft_wrap=True)
