@@ -17,7 +17,10 @@ from vlm_attn.method import ModelFacts, at_depth, check_range, layer_tuple
 
 @dataclass(frozen=True, kw_only=True)
 class Agla(Branch):
-    """Add what the model says to a picture of which only the parts that the question looks at are left: ``l + alpha l'``.
+    """Add what the model says to a picture of which only the parts that the question looks at are left.
+
+    Equation:
+        l -> l + alpha l'                                         l' with part of the picture; only tokens with p >= beta max p
 
     Attributes:
         alpha: weight of the second stream. Range 0..20.

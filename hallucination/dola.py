@@ -17,9 +17,13 @@ from vlm_attn.method import ModelFacts, check_layers, check_range, layer_tuple
 
 @dataclass(frozen=True, kw_only=True)
 class Dola(Decoding):
-    """Contrast with what an early layer would say: ``log p - log p_early``.
+    """Contrast with what an early layer would say.
 
     Of some early layers, each step and each row takes the one whose distribution is farthest from the model's.
+
+    Equation:
+        p_e = the p_j, j in layers, with the largest JSD(p, p_j)  JSD: Jensen-Shannon divergence
+        log p - log p_e                                           only tokens with p >= beta max p
 
     Attributes:
         layers: early layers to choose from, by what goes into them (0 = the embeddings); ``"low"`` = every second one of the

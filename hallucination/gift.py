@@ -25,6 +25,17 @@ OTHER, VISUAL, QUERY, BOOSTED = range(4)  # segments; BOOSTED is VISUAL weighted
 class Gift(Method):
     """Boost what the question looks at.
 
+    Equation:
+        dA[h, i, j] = max(A[h, i, j] - A[h, i - 1, j], 0)         i in the question, j in the image, saliency layers
+        S[j]        = dA[h, i, j] summed over informative words i and the heads with most of it,
+                      clipped to mean +- clip_sigma std, scaled to [0, 1] over the image
+        m[j]        = exp(alpha S[j])
+        r           = sum_h,j m[j] A[h, j] / sum_h,j A[h, j]      heads Hv, image tokens j; one r per row and layer
+        A'[h, j]    ~ m[j] A[h, j]                                j in the image, h in Hv: most attention on the image
+        A'[h, j]    ~ beta r A[h, j]                              j in the question, h in Hq: most attention on the question
+
+        ~: every row is divided by its sum again.
+
     Attributes:
         saliency_layers: layers whose attention gives the saliency map (paper: one); None = from the preset.
         enhance_layers: layers whose attention is edited; None = from the preset.

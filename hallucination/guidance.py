@@ -13,9 +13,12 @@ from vlm_attn.method import check_range
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance(Branch):
-    """Contrast with what the model says without the picture: ``gamma (log p - log p') + log p'``.
+    """Contrast with what the model says without the picture.
 
     The second half of PAI; ``["pai", "guidance"]`` is the whole of it.
+
+    Equation:
+        gamma (log p - log p') + log p'                           p' without the picture; only tokens with p >= beta max p
 
     Attributes:
         gamma: strength; 1 = no guidance. The released README's 1.1; its caption evaluation uses 2. Range 1..20.

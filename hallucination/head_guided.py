@@ -17,8 +17,11 @@ from vlm_attn.method import Method, ModelFacts, at_depth, check_range, layer_tup
 class HeadGuided(Method):
     """Add to every head what the heads look at on average.
 
+    Equation:
+        s'[h, j] = s[h, j] + alpha mean_h |s[h, j]|               j in the image, before the softmax
+
     Attributes:
-        alpha: ``s_h -> s_h + alpha mean_h |s_h|`` on the logits of image tokens. Range 0..10.
+        alpha: share of the heads' mean size that is added. Range 0..10.
         layers: layers to edit; empty = 5..17 of 32, at the same depth of other models.
 
     Rows: the last prompt token and all later ones.

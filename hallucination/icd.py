@@ -15,10 +15,13 @@ from vlm_attn.chat import tokenizer_of
 
 @dataclass(frozen=True, kw_only=True)
 class Icd(Contrastive):
-    """Contrast with what the model says when its instruction is disturbed: ``(1 + alpha) l - alpha l'``.
+    """Contrast with what the model says when its instruction is disturbed.
 
     The second stream sees the same picture and the same prompt, with a prefix before the question that tells the model to be
     someone who sees badly.
+
+    Equation:
+        l -> (1 + alpha) l - alpha l(disturbed)                   only tokens with p >= beta max p
 
     Attributes:
         alpha: strength of the contrast. Range 0..20.

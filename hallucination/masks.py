@@ -49,7 +49,10 @@ class _PromptMask(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Mma(_PromptMask):
-    """Let image tokens see the question behind them: ``j <= i`` or (``i`` VISUAL and ``j`` QUERY).
+    """Let image tokens see the question behind them.
+
+    Equation:
+        row i sees key j  where  j <= i  or  (i in an image and j in the question)
 
     Image-image stays causal, the text before the image sees no later token. Trained with the mask, the paper reports
     POPE 82.7 against 79.8 of its causal twin (4B, same data).
@@ -65,7 +68,10 @@ class Mma(_PromptMask):
 
 @dataclass(frozen=True, kw_only=True)
 class Bidirectional(_PromptMask):
-    """Let every prompt token see every token of the other modality: ``j <= i`` or ``i`` and ``j`` of two modalities.
+    """Let every prompt token see every token of the other modality.
+
+    Equation:
+        row i sees key j  where  j <= i  or  i and j are of two modalities, both in the prompt
 
     The generalised form of modality-mutual attention for interleaved prompts.
     """
@@ -77,7 +83,10 @@ class Bidirectional(_PromptMask):
 
 @dataclass(frozen=True, kw_only=True)
 class Croc(_PromptMask):
-    """Let image tokens see each other in both directions: ``j <= i`` or both VISUAL.
+    """Let image tokens see each other in both directions.
+
+    Equation:
+        row i sees key j  where  j <= i  or  i and j are both image tokens
 
     As the paper describes it; its code uses a prefix mask in the first training stage only (see ``prefix_lm``).
     """
@@ -89,7 +98,13 @@ class Croc(_PromptMask):
 
 @dataclass(frozen=True, kw_only=True)
 class VisionBlock(_PromptMask):
-    """Let the tokens of one image see each other in both directions: ``j <= i`` or both of one image."""
+    """Let the tokens of one image see each other in both directions.
+
+    Equation:
+        row i sees key j  where  j <= i  or  i and j are tokens of one image
+
+    As Gemma 3 and others read images; for a model that was not trained so an experiment.
+    """
 
     name: ClassVar[str] = "vision_block"
     paper: ClassVar[str] = "as in Gemma 3, arXiv 2503.19786"
@@ -98,7 +113,13 @@ class VisionBlock(_PromptMask):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixLm(_PromptMask):
-    """Let every prompt token see the whole prompt: ``j <= i`` or ``j`` in the prompt."""
+    """Let every prompt token see the whole prompt.
+
+    Equation:
+        row i sees key j  where  j <= i  or  j is in the prompt
+
+    As PaliGemma reads its prompts; for a model that was not trained so an experiment.
+    """
 
     name: ClassVar[str] = "prefix_lm"
     paper: ClassVar[str] = "as in PaliGemma, arXiv 2407.07726"

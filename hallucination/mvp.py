@@ -32,6 +32,10 @@ class Mvp(Decoding):
     Each view captions the picture from another prompt: part by part, as a whole, plainly. With each caption before the
     question, the K likeliest first tokens are followed to an answer.
 
+    Equation:
+        score(a) = sum_v weights[v] sum_k p_k c_k                 k: first tokens whose path answers a, in view v
+        c_k      = p(likeliest) - p(second) where a is said       1 where the first token itself is the answer
+
     Attributes:
         answers: what may be answered; their first tokens must differ.
         paths: K, first tokens that are followed. Range 1..50; the released script uses 3.

@@ -26,6 +26,11 @@ class Opera(Decoding):
     Each of a beam's likeliest tokens is run one step ahead. Of its attention in the last layer (the largest over heads, made to
     sum to 1) the part on the answer is followed: a column that stays high over the steps is an over-trusted token.
 
+    Equation:
+        phi   = max_c prod_t scale w[t, c]                        w: attention on the answer's column c, rows t from c on
+        l'    = l - weight factor phi                             of every candidate token, run one step ahead
+        l'    = l + weight w(image)                               while the answer has at most warmup tokens
+
     Attributes:
         beams: beams, where ``generate`` is not told ``num_beams``. Range 2..50.
         candidates: tokens per beam that are looked at. Range 2..50.

@@ -17,8 +17,11 @@ from vlm_attn.method import Method, ModelFacts, at_depth, check_range, layer_tup
 class Pai(Method):
     """Raise what the last row's attention gives the image.
 
+    Equation:
+        s'[j] = s[j] + alpha |s[j]|                               j in the image, before the softmax
+
     Attributes:
-        alpha: ``s -> s + alpha |s|`` on the logits of image tokens, in all heads; the released README's 0.2. Range 0..10.
+        alpha: share of a logit's size that is added, in all heads; the released README's 0.2. Range 0..10.
         layers: layers to edit; empty = from 2 of 32 on, at the same depth of other models.
         skip_first: do as the released code does with its guidance on: leave the prompt's last row alone and begin with the
             first generated token.

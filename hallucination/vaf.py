@@ -18,6 +18,10 @@ from vlm_attn.method import Method, ModelFacts, at_depth, check_range, layer_tup
 class Vaf(Method):
     """Multiply the logits of the image up and those of the system prompt down.
 
+    Equation:
+        s'[j] = visual s[j]                                       j in the image, before the softmax
+        s'[j] = system s[j]                                       j before the first image
+
     Attributes:
         visual: factor on the logits of image tokens. Range (0, 10].
         system: factor on the logits of what stands before the first image. Range (0, 10].

@@ -24,6 +24,13 @@ TINY = 1e-20  # a head must look at more than sinks for their share to have some
 class Var(Method):
     """Take attention from the sinks and give it to the rest of the image.
 
+    Equation:
+        sink(j) = max_d |x_j[d]| / RMS(x_j) >= tau                x_j what goes into the layer, d in sink_dims
+        V, N    = A on the image, A on the image without its sinks
+        open    = V >= visual_floor  and  N >= rho V              per row and head
+        A'[j]   = (1 - p) A[j]                                    j a sink, in the text or the image, where open
+        A'[j]   = (1 + p A(sinks) / N) A[j]                       j in the image and no sink, where open
+
     Attributes:
         sink_dims: hidden dimensions in which sinks are massive; None = from the preset.
         tau: a token is a sink where one of them exceeds ``tau`` times the token's RMS. Range (0, 1000].

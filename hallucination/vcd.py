@@ -15,9 +15,13 @@ STEPS = 1000  # of the diffusion
 
 @dataclass(frozen=True, kw_only=True)
 class Vcd(Contrastive):
-    """Contrast with what the model says to a noisy picture: ``(1 + alpha) l - alpha l'``.
+    """Contrast with what the model says to a noisy picture.
 
     What it says to noise as well comes from the language, not from the picture.
+
+    Equation:
+        x' = sqrt(a_t) x + sqrt(1 - a_t) noise                    the picture at step t = noise_step of a diffusion
+        l  -> (1 + alpha) l(x) - alpha l(x')                      only tokens with p >= beta max p
 
     Attributes:
         alpha: strength of the contrast. Range 0..20.

@@ -24,7 +24,11 @@ from vlm_attn.patching import engine_of, patched
 
 @dataclass(frozen=True, kw_only=True)
 class Vhr(Method):
-    """Reinforce the heads whose output depends on the picture: ``o_h -> alpha o_h``.
+    """Reinforce the heads whose output depends on the picture.
+
+    Equation:
+        VHD[h] = |o_h - o_h(without the picture)|                 o_h the head's output in the last prompt row
+        o_h'   = alpha o_h                                        where VHD[h] is above the layer's median, in every row
 
     Attributes:
         alpha: factor on the output of the upper half of a layer's heads, by visual divergence. Range (0, 10].

@@ -17,13 +17,17 @@ from vlm_attn.visual_token_ops.divprune import cosine_distance
 class CDPruner(ClipReducer):
     """Keep the likeliest set of a determinantal point process: relevant to the question, and different from each other.
 
+    Equation:
+        L[i, j] = r_i cos(x_i, x_j) r_j                           r = -cos(patch, question), scaled to [0, 1]
+        kept    = argmax det L[kept, kept], greedily
+
     Attributes:
         keep: default 64 of 576, as a share.
         clip: see :class:`~vlm_attn.visual_token_ops.clip.ClipReducer`.
 
-    The kernel is ``r_i cos(x_i, x_j) r_j`` over the projected features, with r the cosine of patch and question *negated*
-    and scaled to [0, 1] over the image, as the paper has it: single patches of CLIP are less like a text the more they show
-    of it. The set is found greedily (MAP). Deviation: the question goes through CLIP sentence by sentence.
+    x are the projected features. The cosine of patch and question is *negated*, as the paper has it: single patches of CLIP
+    are less like a text the more they show of it. The set is found greedily (MAP). Deviation: the question goes through CLIP
+    sentence by sentence.
     """
 
     name: ClassVar[str] = "cdpruner"

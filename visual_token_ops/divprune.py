@@ -15,8 +15,13 @@ from vlm_attn.reduction import Keep, Picture, Reducer
 class DivPrune(Reducer):
     """Keep the most diverse visual tokens: greedy max-min over cosine distance of the projected features.
 
+    Equation:
+        next = argmax_i min_j (1 - cos(x_i, x_j))                 j kept so far; first: the one farthest from its nearest
+
     Attributes:
         keep: default 0.098, the paper's ratio (56 of 576).
+
+    The question has no say: the choice is made before the language model. Cost: the cosines of all pairs of tokens.
     """
 
     name: ClassVar[str] = "divprune"

@@ -17,6 +17,9 @@ from vlm_attn.reduction import Picture, Reducer
 class Downsample(Reducer):
     """Average the grid of visual tokens down to a smaller one.
 
+    Equation:
+        x'_c = mean of the x_j in cell c of a grid of at most keep n cells
+
     The averages stand where the tokens nearest the centres of their cells stood. The image itself is not resized (the
     tower of most families takes one size only): its features are. The smaller grid has the image's aspect ratio and at
     most the asked number of tokens. Needs an image whose tokens form one grid.

@@ -15,6 +15,9 @@ from vlm_attn.reduction import Keep, Picture, Reducer
 class FastV(Reducer):
     """Keep what the last prompt token attends to in layer K - 1, from layer K on.
 
+    Equation:
+        score_j = mean_h A[h, last, j] in layer K - 1             the largest keep n stay from layer K on
+
     Attributes:
         layer: K, the first layer that runs on fewer tokens. At least 1.
         keep: 1 - R of the paper.

@@ -16,6 +16,10 @@ from vlm_attn.reduction import PROJECTED, Keep, Picture, Reducer, highest
 class HoloV(Reducer):
     """Cut the image into chunks, give each a quota by its mean score, keep in each what CLS attends to most.
 
+    Equation:
+        score_j  = attention_weight a_j + variance_weight v_j     a: CLS attention, v: variance of cos(x_j, x) in the chunk
+        quota(c) ~ mean of score_j in chunk c                     and in every chunk the largest a_j
+
     Attributes:
         keep: default 64 of 576, as a share.
         chunks: number of chunks, contiguous in raster order (36 tokens each for 576, that is 1.5 rows, not squares). 1..1024.

@@ -18,9 +18,14 @@ from vlm_attn.reduction import Keep, Reducer
 class LayerSkip(Reducer):
     """Keep visual tokens out of some layers.
 
+    Equation:
+        left = 0 in layers, n in the others                       x_j behind such a layer = x_j before it
+
     Attributes:
         layers: the layers they bypass; none given: the upper half.
         keep: 1.0 keeps them in every layer after all; nothing but 0.0 and 1.0.
+
+    The study names no layers and gives no figures: the upper half is our default.
     """
 
     name: ClassVar[str] = "layer_skip"

@@ -15,6 +15,10 @@ from vlm_attn.reduction import PROJECTED, Keep, Picture, Reducer
 class PruMerge(Reducer):
     """Keep the tokens CLS attends to most; each takes in the dropped tokens that are most like it.
 
+    Equation:
+        kept: largest a_j                                         a: the CLS token's attention
+        x'_c = sum_i a_i x_i / sum_i a_i                          over c and the i with c = argmax cos(k_i, k)
+
     Attributes:
         keep: default 0.0625, about the paper's mean of 5.5 %.
 

@@ -17,6 +17,10 @@ PUBLISHED = (8, 16, 24)  # of 32
 class PyramidDrop(Reducer):
     """Keep what the last prompt token is about to attend to, fewer at every stage.
 
+    Equation:
+        score_j = mean_h softmax(q_last k)[h, j]                  at every stage, before its layer
+        left    = keep^(s / S) n                                  behind stage s of S
+
     Attributes:
         layers: the layers before which tokens go; empty = 8, 16 and 24 of 32 as in the paper, scaled to the model's depth.
         keep: what is left after the last stage. Every stage keeps the same share of the one before: 0.125 over three

@@ -22,6 +22,11 @@ PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (
 class SparseVLM(Reducer):
     """Keep what the text tokens that belong to the image attend to, in several layers.
 
+    Equation:
+        raters  = text tokens t with mean_j softmax_t(x_j e_t) above average
+        score_j = mean_h,t A[h, t, j]                             t in raters; the largest stay
+        x'_c    = mean of the cluster of c                        of the best rated that go
+
     Attributes:
         layers: layers whose attention rates; tokens go before the next one. Empty = 2, 6 and 15 of 32 as in the paper,
             scaled to the model's depth.

@@ -72,10 +72,15 @@ class _Timed(Reducer):
 class LateStep(_Timed):
     """Prune from a later denoising step on.
 
+    Equation:
+        left(s) = n while s < start_at S, then keep n             s of S denoising steps
+
     Attributes:
         start_at: share of the steps that run with the whole image; 0 = prune from the first step on.
         keep: what stays afterwards.
         reducer: name of the reducer that chooses.
+
+    Short answers gain nothing, says the study: they are written in the first steps.
     """
 
     name: ClassVar[str] = "late_step"
@@ -98,12 +103,16 @@ class LateStep(_Timed):
 class Progressive(_Timed):
     """Prune more with every denoising step: the share that stays falls linearly from 1 to ``keep``.
 
-    Recommended by the study, not measured there. At step s of S ``1 - (1 - keep) s / S`` of the tokens are left; a ``keep``
-    that is a number means the same share.
+    Recommended by the study. A ``keep`` that is a number means the same share.
+
+    Equation:
+        left(s) = (1 - (1 - keep) s / S) n                        s of S denoising steps
 
     Attributes:
         keep: what would be left after the last step.
         reducer: name of the reducer that chooses.
+
+    No figures were published.
     """
 
     name: ClassVar[str] = "progressive"

@@ -17,6 +17,9 @@ from vlm_attn.visual_token_ops.visionzip import others
 class Trim(ClipReducer):
     """Keep the tokens whose patch is most like the question, and the mean of all others as one more.
 
+    Equation:
+        kept: largest cos(patch_j, question)                      the least of them becomes the mean of itself and all that go
+
     Attributes:
         keep: default 0.21, about the paper's share.
         summary: whether one of the kept tokens is the mean of all that go; it stands where the best of these stood.

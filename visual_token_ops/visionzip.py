@@ -16,6 +16,10 @@ from vlm_attn.reduction import PROJECTED, Keep, Picture, Reducer, highest
 class VisionZip(Reducer):
     """Keep dominant tokens, by the attention of the tower's CLS token, and contextual ones that take in the rest.
 
+    Equation:
+        dominant: largest a_j                                     a: the CLS token's attention
+        x'_c = x_c + mean of the x_i with c = argmax cos(k_i, k)  c contextual, k the tower's keys
+
     Attributes:
         keep: default 64 of 576, as a share.
         contextual: share of the kept tokens that are contextual; the paper's 10 of 64. Range [0, 1).

@@ -18,6 +18,12 @@ from vlm_attn.visual_token_ops.visionzip import others
 class VScan(Reducer):
     """Keep the best of every window and of the whole image, merge the rest; inside, keep what the last token attends to.
 
+    Equation:
+        half: largest a5_j in every window                        a5: CLS attention of the tower's layer 5
+        half: largest a_j of the rest                             a: of the layer that is projected
+        x'_c = mean of x_c and the x_i with c = argmax cos(x_i, x)
+        then: largest mean_h softmax(q_last k)[h, j]              before layer K
+
     Attributes:
         keep: what is left behind the second stage; default 32 of 576, as a share.
         first: how many times as much the first stage leaves: the paper's 96 to 32. At least 1.

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 import vlm_attn
 from vlm_attn import registry
+from vlm_attn.demo.controls import controls
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -30,6 +32,18 @@ def run_blocks(page: str, folder: Path) -> dict[str, Any]:
         else:
             exec(compile(block["code"], f"{page}, block {number}", "exec"), names)
     return names
+
+
+@cache
+def hooks() -> Any:
+    """``docs/hooks.py``, which makes the pages."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: the docs extra brings it")
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_quick_start_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +97,26 @@ def test_links_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("evals/scenes/model*/README.md")]:
         for target in re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("name", registry.METHODS)
+def test_docstrings_are_whole(name: str) -> None:
+    """Idea, equation, every parameter, caveats: what a method's page is made of."""
+    info = vlm_attn.methods()[name]
+    idea, sections, rest = hooks().docstring(info.cls)
+    assert info.summary.endswith(".")
+    assert idea.startswith(info.summary)
+    assert sections["Equation"].strip()
+    for control in controls(info.cls):
+        assert control.help, control.key
+    assert rest, "nothing is said of rows, deviations, cost or limits"
+
+
+def test_published_numbers_name_their_source() -> None:
+    for table in hooks().published():
+        assert set(table["methods"]) <= set(registry.METHODS)
+        assert "arXiv" in table["source"], table["title"]
+        assert {len(row) for row in table["rows"]} == {len(table["head"])}, table["title"]
 
 
 @pytest.fixture(scope="module")
