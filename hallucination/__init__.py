@@ -10,6 +10,7 @@ from vlm_attn.hallucination.masks import Bidirectional, Croc, Mma, PrefixLm, Vis
 from vlm_attn.hallucination.mvp import Mvp
 from vlm_attn.hallucination.opera import Opera
 from vlm_attn.hallucination.pai import Pai
+from vlm_attn.hallucination.paint import Paint
 from vlm_attn.hallucination.vaf import Vaf
 from vlm_attn.hallucination.var import Var
 from vlm_attn.hallucination.vcd import Vcd
@@ -28,6 +29,7 @@ __all__ = [
     "Mvp",
     "Opera",
     "Pai",
+    "Paint",
     "PrefixLm",
     "Vaf",
     "Var",

@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import vlm_attn
+from vlm_attn.families import family_of
 from vlm_attn.hallucination import gift as gift_file
 from vlm_attn.hallucination import vhr as vhr_file
 from vlm_attn.hallucination.var import Var
 from vlm_attn.kernels import ScoreEdit
+from vlm_attn.registry import method_class
 
 Inputs = dict[str, Any]
 T = TypeVar("T")
@@ -25,6 +27,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "gift": {"saliency_layers": (1,), "enhance_layers": (0, 2, 3), "alpha": 3.0, "query_words": "all"},
     "var": {"sink_dims": (3, 7), "tau": 1.5, "rho": 0.1, "visual_floor": 0.02},
     "pai": {"alpha": 0.5, "layers": (1, 2, 3)},
+    "paint": {"alpha": 1.1, "beta": 0.5, "share": 0.5, "fence": 0.2, "layers": (1, 2, 3)},
     "vaf": {"visual": 1.5, "system": 0.7, "layers": (0, 1, 2)},
     "head_guided": {"alpha": 1.2, "layers": (1, 2)},
     "vhr": {"layers": (1, 2, 3)},
@@ -33,6 +36,7 @@ NEUTRAL = {
     "gift": {**ACTIVE["gift"], "alpha": 0.0},
     "var": {**ACTIVE["var"], "p": 0.0},
     "pai": {"alpha": 0.0},
+    "paint": {"alpha": 0.0, "beta": 0.0},
     "vaf": {"visual": 1.0, "system": 1.0},
     "head_guided": {"alpha": 0.0},
     "vhr": {"alpha": 1.0},
@@ -189,6 +193,15 @@ class Force(LogitsProcessor):
         return forced.scatter(1, self.tokens[:, step : step + 1], 0.0)
 
 
+def refused(model: Any, method: str) -> None:
+    """Skips a method that a family cannot have, once that has been seen."""
+    if method_class(method).cls_layers and family_of(model.config).cls is None:
+        with pytest.raises(NotImplementedError, match="CLS token"):
+            vlm_attn.patch(model, method, **ACTIVE[method])
+        pytest.skip(f"{method} needs a vision tower with a CLS token")
+
+
 def on(model: Any, method: str, **changes: Any) -> Any:
     """``vlm_attn.patched`` with the settings above."""
+    refused(model, method)
     return vlm_attn.patched(model, method, **{**ACTIVE[method], **changes})

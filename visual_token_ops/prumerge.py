@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlm_attn.reduction import PROJECTED, Keep, Picture, Reducer
+from vlm_attn.method import PROJECTED
+from vlm_attn.reduction import Keep, Picture, Reducer
 
 
 @dataclass(frozen=True, kw_only=True)

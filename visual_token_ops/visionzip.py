@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlm_attn.method import check_range
-from vlm_attn.reduction import PROJECTED, Keep, Picture, Reducer, highest
+from vlm_attn.method import PROJECTED, check_range
+from vlm_attn.reduction import Keep, Picture, Reducer, highest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlm_attn.method import Method, ModelFacts, check_range
-from vlm_attn.reduction import PROJECTED, Keep, Picture, Reducer, highest, kept_count, scaled
+from vlm_attn.method import PROJECTED, Method, ModelFacts, check_range
+from vlm_attn.reduction import Keep, Picture, Reducer, highest, kept_count, scaled
 from vlm_attn.visual_token_ops.holov import quota
 from vlm_attn.visual_token_ops.visionzip import others
 

@@ -30,6 +30,7 @@ from vlm_attn.kernels.masks import Mask, materialise
 from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
 from vlm_attn.method import Method
 from vlm_attn.reduction import KeptImage, Reducer
+from vlm_attn.tower import on_tokens
 
 # (layer, out [B, Q, H, D], attention [B, H, R, S] of some rows on demand, of the last one by default) -> out
 Tap = Callable[[int, Tensor, Callable[..., Tensor]], Tensor]
@@ -466,11 +467,20 @@ class Engine:
             dropping.restore(call, output)
             if body > cut:
                 host.rewind(cache, body - cut)
-        for method in self.active:
-            method.prompt_read(call, call.rows(method))
+        self._prompt_read(call)
         call.mode, call.past, call.length = "edited", past + cut, total - cut
         self._pending = {"done": True, "body": output, "cut": cut, "drop_cache": private and not keep_cache}
         return rows(cut, total)
+
+    def _prompt_read(self, call: Call) -> None:
+        """Hand the methods what was read while the prompt ran."""
+        for method in self.active:
+            towers = () if isinstance(method, Reducer) else method.cls_layers  # a reducer looks where it chooses
+            for number, image in enumerate(call.prompt.images if towers else ()):
+                if image.start >= call.first:
+                    seen = (on_tokens(self.model_config, image, *call.vision(number, layer)) for layer in towers)
+                    method.tower_read(call, number, [attention for attention, _ in seen])
+            method.prompt_read(call, call.rows(method))
 
     def after_text(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """End of a forward of the text model: put body and last token together, note the call on the cache."""
@@ -485,8 +495,7 @@ class Engine:
                 if call.mode == "prompt":
                     dropping.restore(call, output)
             if "cut" not in pending:
-                for method in self.active:
-                    method.prompt_read(call, call.rows(method))
+                self._prompt_read(call)
             call.finish()
             # A compiled decode step must find what it needs, not build it inside its graph.
             for layer in range(len(self.text_model.layers)):  # type: ignore[arg-type]

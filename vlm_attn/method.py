@@ -47,6 +47,8 @@ class Method:
         edited_rows: ``"last"`` edits every row from the last prompt token on (the prompt then runs as body + last
             token); ``"text"`` edits every text row after the first image as well; ``"none"`` edits none.
         read_hidden: whether :meth:`read_tokens` is called with every layer's input.
+        cls_layers: layers of the vision tower whose CLS attention it wants: ``PROJECTED``, the one whose output goes on to the
+            language model, or one of a 24-layer tower (taken at the same depth of another).
         needs_image: whether a prompt without an image is an error; else the method does nothing there.
     """
 
@@ -54,6 +56,7 @@ class Method:
     paper: ClassVar[str] = ""
     edited_rows: ClassVar[Literal["last", "text", "none"]] = "last"
     read_hidden: ClassVar[bool] = False
+    cls_layers: ClassVar[tuple[int, ...]] = ()
     needs_image: ClassVar[bool] = True
 
     @property
@@ -112,6 +115,16 @@ class Method:
         """Reduce a layer's input ``[B, Q, D]`` to one number or flag per token ``[B, Q]``."""
         raise NotImplementedError
 
+    def tower_read(self, call: Call, number: int, attention: list[Tensor]) -> None:
+        """Called once for every new image of the prompt, before :meth:`prompt_read`, where :attr:`cls_layers` asks for it.
+
+        Args:
+            call: the running call.
+            number: the image's number in ``call.prompt.images``.
+            attention: for each of these layers ``[n]``, what the tower's CLS token gives the image's tokens, mean of the
+                heads.
+        """
+
     def prompt_read(self, call: Call, rows: dict[int, Tensor]) -> None:
         """Called once the prompt's body has run, before the first edited row (the whole prompt, where no last row is edited).
 
@@ -126,6 +139,7 @@ class Method:
         raise NotImplementedError
 
 
+PROJECTED = -1
 M = TypeVar("M", bound=Method)
 
 
@@ -197,4 +211,14 @@ def layer_tuple(method: Method, field: str, *, empty: bool = False) -> None:
     object.__setattr__(method, field, numbers)
 
 
-__all__ = ["Edit", "Method", "ModelFacts", "ScoreEdit", "at_depth", "check_layers", "check_range", "layer_tuple"]
+__all__ = [
+    "PROJECTED",
+    "Edit",
+    "Method",
+    "ModelFacts",
+    "ScoreEdit",
+    "at_depth",
+    "check_layers",
+    "check_range",
+    "layer_tuple",
+]

@@ -91,7 +91,7 @@ def patch(
     reducers = [m for m in methods if isinstance(m, Reducer)]
     for reducer in reducers:
         check_reducible(top, reducer.name)
-    seen = {layer: cls_attention_module(model, top, layer, m.name) for m in reducers for layer in m.cls_layers}
+    seen = {layer: cls_attention_module(model, top, layer, m.name) for m in methods for layer in m.cls_layers}
     if not (query_span is None or callable(query_span) or (is_span(query_span) and 0 <= query_span[0] < query_span[1])):
         raise ValueError(
             f"query_span={query_span!r}: give half-open columns (start, stop) with 0 <= start < stop, or a callable"

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from vlm_attn.call import Call
 
 Keep = float | int
-PROJECTED = -1
 
 
 @dataclass
@@ -64,8 +63,6 @@ class Reducer(Method):
     """Base of the methods that keep fewer visual tokens. A subclass fills in :meth:`score`, or :meth:`choose`.
 
     Class attributes:
-        cls_layers: layers of the vision tower whose CLS attention it wants: ``PROJECTED``, the one whose output goes on to the
-            language model, or one of a 24-layer tower (taken at the same depth of another).
         reads_ahead: whether ``read_layers`` are read before they run.
         timed: whether what it keeps hangs on the denoising step (:meth:`left_at`).
 
@@ -77,7 +74,6 @@ class Reducer(Method):
 
     edited_rows: ClassVar[Literal["last", "text"]] = "text"  # no row is edited, so the prompt need not be split
     needs_image: ClassVar[bool] = False
-    cls_layers: ClassVar[tuple[int, ...]] = ()
     reads_ahead: ClassVar[bool] = False
     timed: ClassVar[bool] = False
 

@@ -31,6 +31,7 @@ METHODS = {
     "mvp": "vlm_attn.hallucination.mvp:Mvp",
     "opera": "vlm_attn.hallucination.opera:Opera",
     "pai": "vlm_attn.hallucination.pai:Pai",
+    "paint": "vlm_attn.hallucination.paint:Paint",
     "prefix_lm": "vlm_attn.hallucination.masks:PrefixLm",
     "progressive": "vlm_attn.visual_token_ops.steps:Progressive",
     "prumerge": "vlm_attn.visual_token_ops.prumerge:PruMerge",

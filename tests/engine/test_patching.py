@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, LogitsProcessor, LogitsP
 
 import vlm_attn
 from tests import tiny
-from tests.helpers import ACTIVE, NEUTRAL, Inputs, close, differ, generate, logits, on, same, stock
+from tests.helpers import ACTIVE, NEUTRAL, Inputs, close, differ, generate, logits, on, refused, same, stock
 from vlm_attn import host
 from vlm_attn.attention import TAG
 from vlm_attn.hallucination import Gift, Var
@@ -29,6 +29,8 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs
 
 @pytest.fixture(params=ACTIVE)
 def method(request: pytest.FixtureRequest) -> str:
+    if "built" in request.fixturenames:
+        refused(request.getfixturevalue("built")[0], request.param)
     return request.param
 
 

@@ -1,0 +1,109 @@
+"""PAINT ("Fixing imbalanced attention", arXiv 2501.12206): two kinds of image tokens are raised, each by its own share.
+
+The vision tower says which: its first layer looks at details (local tokens), its last but one at a few tokens that stand for
+the whole picture (summary tokens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_attn.call import Call
+from vlm_attn.kernels import ScoreEdit
+from vlm_attn.method import PROJECTED, Method, ModelFacts, at_depth, check_range, layer_tuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paint(Method):
+    """Raise what the vision tower's CLS token looks at, early and late.
+
+    Attributes:
+        alpha: ``s -> s + alpha |s|`` on the logits of local tokens. Range 0..10.
+        beta: the same on those of summary tokens. Range 0..10.
+        layers: layers to edit; empty = from 2 of 32 on, at the same depth of other models.
+        share: of an image's tokens that are local: those CLS looks at most in the tower's first layer, without the summary
+            tokens. Range 0..1.
+        fence: a token is a summary where CLS, in the layer that is projected, gives it more than the third quartile plus this
+            many times the distance of the quartiles. Range 0..100.
+
+    Rows: the last prompt token and all later ones, in all heads, as the released code has it; the paper also speaks of heads.
+    With ``guidance`` beside it, it is what that code calls its CFG. Deviations: the sets are taken image by image; a second
+    "spatial" stream of the code is left out, which ranks sums that are always 1 and whose share is 0 by default. Towers
+    without a CLS token (SigLIP, Qwen-VL) are refused.
+    """
+
+    name: ClassVar[str] = "paint"
+    paper: ClassVar[str] = "PAINT, arXiv 2501.12206"
+    cls_layers: ClassVar[tuple[int, ...]] = (0, PROJECTED)
+
+    alpha: float = 0.7
+    beta: float = 0.3
+    layers: tuple[int, ...] = ()
+    share: float = 0.25
+    fence: float = 1.5
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0, 10)
+        check_range(self, "beta", 0, 10)
+        check_range(self, "share", 0, 1)
+        check_range(self, "fence", 0, 100)
+        layer_tuple(self, "layers", empty=True)
+
+    @property
+    def neutral(self) -> bool:
+        """Nothing is raised."""
+        return self.alpha == self.beta == 0
+
+    def bind(self, facts: ModelFacts) -> Paint:
+        """Check the layers; without any, those of the released code."""
+        return at_depth(self, facts, 2, 32)
+
+    def start(self, call: Call, processor: Any) -> None:
+        """The tower must run, or the call that filled the cache must know what it saw."""
+        if any(image.start >= call.first for image in call.prompt.images) and call.pixels is None:
+            raise ValueError("paint reads the vision tower: pass pixel_values, not inputs_embeds")
+        call.memory(self)["weight"] = weight = torch.zeros(call.prompt.group.shape, device=call.prompt.group.device)
+        if any(image.start < call.first for image in call.prompt.images):
+            if call.earlier is None or self not in call.earlier.methods:
+                raise ValueError(
+                    "paint: the cache passed in was filled without paint, so what the tower looked at is unknown. "
+                    "Run the first turn with the same patched model, or pass no cache"
+                )
+            known = call.earlier.memory(self)["weight"][:, : call.first]
+            weight[:, : known.shape[1]] = known
+
+    def tower_read(self, call: Call, number: int, attention: list[Tensor]) -> None:
+        """``alpha`` on an image's local tokens, ``beta`` on its summary tokens."""
+        local, summary = token_sets(*attention, share=self.share, fence=self.fence)
+        image = call.prompt.images[number]
+        weight = call.memory(self)["weight"]
+        weight[image.row, image.start : image.stop] = self.alpha * local + self.beta * summary
+
+    def edit(self, call: Call, layer: int) -> ScoreEdit | None:
+        """``s + w |s|`` on the image."""
+        if layer not in self.layers:
+            return None
+        weight = call.memory(self)["weight"]
+        return call.once(self, lambda: ScoreEdit(weight.repeat_interleave(call.batch // len(weight), 0)))
+
+
+def token_sets(early: Tensor, late: Tensor, *, share: float, fence: float) -> tuple[Tensor, Tensor]:
+    """Local and summary tokens of an image.
+
+    Args:
+        early: ``[n]`` attention of CLS in the tower's first layer.
+        late: ``[n]`` attention of CLS in the layer that is projected.
+        share: of tokens that are local, before the summary tokens are taken out.
+        fence: distances of the quartiles above the third.
+
+    Returns:
+        Two ``[n]`` bool tensors.
+    """
+    low, high = late.float().quantile(late.new_tensor([0.25, 0.75], dtype=torch.float32)).unbind()
+    summary = late > high + fence * (high - low)
+    best = early.topk(int(share * len(early))).indices
+    return torch.zeros_like(summary).index_fill(0, best, True) & ~summary, summary
