@@ -21,9 +21,15 @@ from vlm_attn.method import PROJECTED, Method, ModelFacts, at_depth, check_range
 class Paint(Method):
     """Raise what the vision tower's CLS token looks at, early and late.
 
+    Equation:
+        summary = { j : c[j] > Q3 + fence (Q3 - Q1) }             c attention of CLS in the projected layer, Q its quartiles
+        local   = the share of c0 that is highest, no summary     c0 the same in the tower's first layer
+        s'[j]   = s[j] + alpha |s[j]|                             j local, before the softmax
+        s'[j]   = s[j] + beta |s[j]|                              j a summary
+
     Attributes:
-        alpha: ``s -> s + alpha |s|`` on the logits of local tokens. Range 0..10.
-        beta: the same on those of summary tokens. Range 0..10.
+        alpha: share of a logit's size that is added for local tokens. Range 0..10.
+        beta: the same for summary tokens. Range 0..10.
         layers: layers to edit; empty = from 2 of 32 on, at the same depth of other models.
         share: of an image's tokens that are local: those CLS looks at most in the tower's first layer, without the summary
             tokens. Range 0..1.

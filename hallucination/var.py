@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vlm_attn.branch import Run, look
 from vlm_attn.call import Call
-from vlm_attn.kernels import Edit, one_hot_segments
+from vlm_attn.detectors import ByDirection, layer_states, massive
+from vlm_attn.kernels import Edit, Group, one_hot_segments
 from vlm_attn.method import Method, ModelFacts, check_layers, check_range, layer_tuple
 
 OTHER, VISUAL, TEXT_SINK, VISUAL_SINK = range(4)  # segments; VISUAL without its sinks
@@ -32,6 +34,9 @@ class Var(Method):
         A'[j]   = (1 + p A(sinks) / N) A[j]                       j in the image and no sink, where open
 
     Attributes:
+        detector: ``"dimension"``, the paper's sinks; or ``"direction"``: ``|cos(x_j, x_first)| > cosine`` between the layers
+            where the first token's norm rises and falls most (arXiv 2512.22213), which needs no ``sink_dims``. It costs one
+            plain forward of the prompt beside it, whose sinks they are.
         sink_dims: hidden dimensions in which sinks are massive; None = from the preset.
         tau: a token is a sink where one of them exceeds ``tau`` times the token's RMS. Range (0, 1000].
         rho: a head is image-centric where at least this share of its visual attention is on non-sinks. Range 0..1.
@@ -41,6 +46,7 @@ class Var(Method):
             bounds the sinks' share from above, ``> tau``, layers 0 and 1 untouched, the last layer edited, a layer
             without a visual sink left alone.
         layers: layers to edit; empty = all but the last (with ``code_parity``: all but the first two).
+        cosine: of the direction detector. Range 0..1.
 
     Paper form: all text rows from the image on, all layers but the last. Sinks are looked for among the prompt's
     tokens, as the released code does (the paper: the whole sequence), so beams need no state of their own.
@@ -58,9 +64,17 @@ class Var(Method):
     visual_floor: float = 0.2
     code_parity: bool = False
     layers: tuple[int, ...] = ()
+    detector: Literal["dimension", "direction"] = "dimension"
+    cosine: float = 0.9
 
     def __post_init__(self) -> None:
-        layer_tuple(self, "sink_dims")
+        if self.detector not in ("dimension", "direction"):
+            raise ValueError(f'var: detector={self.detector!r} is neither "dimension" nor "direction"')
+        if self.detector == "direction":  # no dimensions, and nothing to read while the prompt runs
+            object.__setattr__(self, "sink_dims", ())
+            object.__setattr__(self, "read_hidden", False)
+        layer_tuple(self, "sink_dims", empty=self.detector == "direction")
+        check_range(self, "cosine", 0, 1)
         check_range(self, "tau", 0, 1000, open_low=True)
         for field in ("rho", "p", "visual_floor"):
             check_range(self, field, 0, 1)
@@ -100,14 +114,33 @@ class Var(Method):
 
     def read_tokens(self, hidden: Tensor) -> Tensor:
         """Step 1: ``max_d |x_d| / RMS(x) >= tau`` on a block's input ``[B, Q, D]``."""
-        hidden = hidden.float()
-        massive = hidden[..., list(self.sink_dims or ())].abs().amax(-1)
-        value = massive / (hidden.square().mean(-1) + 1e-6).sqrt()
+        value = massive(hidden, self.sink_dims or ())
         return value > self.tau if self.code_parity else value >= self.tau
+
+    def rehearse(self, run: Run) -> None:
+        """The direction detector needs every layer to know where the first token is a sink: a plain forward of the prompt."""
+        if self.detector == "dimension":
+            return
+        call, memory = run.call, run.call.memory(self)
+        if call.first:  # a later turn keeps the sinks of the first
+            known = call.earlier.memory(self)["sinks"][..., : call.first]  # type: ignore[union-attr]
+            memory["sinks"] = torch.nn.functional.pad(known, (0, call.prompt.length - known.shape[2]))
+            return
+        first = (call.prompt.group != Group.PAD).int().argmax(1)
+        find = ByDirection(cosine=self.cosine)
+        layers: Any = run.engine.text_model.layers
+        memory["sinks"] = find.find(layer_states(layers, find, first, lambda: look(run, run.inputs)), first)
+
+    def sinks(self, call: Call, layer: int) -> Tensor | None:
+        """``[B, P]`` which of the prompt's columns are sinks of a layer; None where it has not run."""
+        if self.detector == "dimension":
+            return call.tokens(self, layer)
+        found = call.memory(self)["sinks"][layer]
+        return found.repeat_interleave(call.batch // len(found), 0)
 
     def edit(self, call: Call, layer: int) -> Edit | None:
         """Step 2: which keys of this layer are sinks."""
-        sink = call.tokens(self, layer)
+        sink = self.sinks(call, layer)
         if layer not in self.layers or sink is None:
             return None
         visual = call.layout.visual

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vlm_attn import host
-from vlm_attn.branch import Run
+from vlm_attn.branch import Run, look
 from vlm_attn.call import Call
 from vlm_attn.families import image_marker_ids
 from vlm_attn.method import Method, ModelFacts, check_layers, check_range, layer_tuple
@@ -211,11 +209,7 @@ def forward_twice(run: Run, visual: Tensor, tap: Any) -> None:
         more = there.reshape(*there.shape, *[1] * (value.ndim - 2))
         index = order.reshape(more.shape).expand_as(value)
         twice[name] = torch.cat([value, torch.where(more, value.gather(1, index), pad.get(name, value.new_zeros(())))])
-    if "logits_to_keep" in signature(type(run.model).forward).parameters:
-        twice["logits_to_keep"] = 1
-    positions = host.prompt_positions(run.model, twice)
-    with run.engine.aside(tap=tap), torch.no_grad():
-        run.model(**twice, position_ids=positions, use_cache=False)
+    look(run, twice, tap)
 
 
 __all__ = ["Vhr", "head_divergence", "outliers", "token_divergence", "token_score", "upper_half"]

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm_attn.analysis import Explanation, explain, gaze, saliency, sinks
+    from vlm_attn.analysis import Explanation, RowSinks, Sink, explain, find_sinks, gaze, saliency, sinks
     from vlm_attn.kernels import Group
     from vlm_attn.method import Method
     from vlm_attn.patching import is_patched, kept, patch, patched, spans, unpatch
@@ -28,7 +28,10 @@ _EXPORTS = {
     "Method": "vlm_attn.method",
     "MethodInfo": "vlm_attn.registry",
     "Reducer": "vlm_attn.reduction",
+    "RowSinks": "vlm_attn.analysis",
+    "Sink": "vlm_attn.analysis",
     "explain": "vlm_attn.analysis",
+    "find_sinks": "vlm_attn.analysis",
     "gaze": "vlm_attn.analysis",
     "is_patched": "vlm_attn.patching",
     "kept": "vlm_attn.patching",
@@ -48,7 +51,10 @@ __all__ = [
     "Method",
     "MethodInfo",
     "Reducer",
+    "RowSinks",
+    "Sink",
     "explain",
+    "find_sinks",
     "gaze",
     "is_patched",
     "kept",

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from vlm_attn.branch import Decoding
+from vlm_attn import presets
+from vlm_attn.attention import ROWS_AT_ONCE
+from vlm_attn.branch import Decoding, Run, look
 from vlm_attn.call import Call
 from vlm_attn.chat import find_question, read_template, tokenizer_of
+from vlm_attn.detectors import CANDIDATES, ByDimension, ByDirection, SinkDetector, layer_states
 from vlm_attn.engine import _padding
 from vlm_attn.kernels import Group
 from vlm_attn.layout import build_layout, check_span, runs
@@ -83,8 +86,162 @@ def sinks(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> list[T
             f"the model is patched with {_names(model)!r}, which knows no sinks: unpatch it, or patch with 'var'"
         )
     with _prompt_read(model, inputs) as call:
-        found = [call.tokens(method, layer) for layer in method.layers]
+        found = [method.sinks(call, layer) for layer in method.layers]
     return _on_images(call, torch.stack([flags.float() for flags in found if flags is not None]).mean(0))
+
+
+@dataclass(frozen=True)
+class Sink:
+    """One sink of a prompt.
+
+    Attributes:
+        column: its column, padding counted.
+        group: what stands there: SYSTEM, VISUAL, QUERY or ROLE.
+        kind: ``"primary"``, a sink nearly as long as the first token; ``"secondary"``, made later or gone earlier; ``"brief"``,
+            for so few layers that it may be noise.
+        layers: in whose input it is a sink, ascending.
+        score: attention it gets from a later row, mean of these rows, the heads and its layers.
+    """
+
+    column: int
+    group: str
+    kind: Literal["primary", "secondary", "brief"]
+    layers: tuple[int, ...]
+    score: float
+
+    @property
+    def creation(self) -> int:
+        """The first layer in whose input it is a sink: the layer before it made it."""
+        return self.layers[0]
+
+    @property
+    def lifetime(self) -> int:
+        """In how many layers it is a sink."""
+        return len(self.layers)
+
+
+@dataclass(frozen=True)
+class RowSinks:
+    """The sinks of one row of a batch.
+
+    Attributes:
+        band: layers ``(start, stop)``, half open, in which anything is a sink; ``(0, 0)`` where nothing is.
+        sinks: in order of their columns.
+    """
+
+    band: tuple[int, int]
+    sinks: tuple[Sink, ...]
+
+    def at(self, layer: int) -> tuple[int, ...]:
+        """Columns of the sinks of a layer."""
+        return tuple(sink.column for sink in self.sinks if layer in sink.layers)
+
+
+def find_sinks(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    by: Literal["dimension", "direction"] = "dimension",
+    *,
+    sink_dims: Sequence[int] | None = None,
+    tau: float = 20.0,
+    cosine: float = 0.9,
+    primary: float = 0.6,
+    brief: float = 0.1,
+    **options: Any,
+) -> tuple[RowSinks, ...]:
+    """Which tokens of a prompt are attention sinks of the plain model, from which layer on and for how long.
+
+    Args:
+        model: a model, patched or not.
+        inputs: what the processor returned.
+        by: ``"dimension"``: one of ``sink_dims`` of a layer's input exceeds ``tau`` times the token's RMS (VAR, arXiv
+            2503.03321); ``"direction"``: the cosine with the first token's state is above ``cosine``, either way, between the
+            layers where that token's norm rises and falls most (arXiv 2512.22213), which needs no constants of the model.
+        sink_dims: the dimensions; None = from the preset.
+        tau: see ``by``.
+        cosine: see ``by``.
+        primary: a sink is primary if it lives for at least this share of the band, or is the first token.
+        brief: a sink is brief if it lives for at most this share of the model's layers (4 of 40).
+        **options: for a model that is not patched: ``processor=``, ``query_span=``, ``preset=`` (see :func:`vlm_attn.patch`).
+
+    Returns:
+        One :class:`RowSinks` per row of the batch.
+
+    Raises:
+        ValueError: unknown ``by``, no sink dimensions, a dimension the model does not have; whatever :func:`vlm_attn.patch`
+            raises.
+
+    What is ours: the second paper counts absolute layers (primary from ``L - 15`` on, noise up to 4), which says nothing about
+    models of another depth, so shares stand here. It was measured on language models, not on visual tokens. It names no formula
+    for a sink's score: ``Sink.score`` is our reading.
+    """
+    if by not in ("dimension", "direction"):
+        raise ValueError(f'by={by!r} is neither "dimension" nor "direction"')
+    if not is_patched(model):
+        with patched(model, _Bystander(), **options):
+            preset = options.get("preset")
+            given = {"sink_dims": sink_dims, "tau": tau, "cosine": cosine, "primary": primary, "brief": brief}
+            if by == "dimension" and sink_dims is None and preset is not None:
+                given["sink_dims"] = presets.constants("var", engine_of(model).model_config, preset).get("sink_dims")
+            return find_sinks(model, inputs, by, **given)  # type: ignore[arg-type]
+    if options:
+        raise ValueError(ALREADY)
+    engine = engine_of(model)
+    detector: SinkDetector = ByDirection(cosine)
+    if by == "dimension":
+        dims = sink_dims or presets.constants("var", engine.model_config, None).get("sink_dims")
+        hidden: int = engine.text_config.hidden_size  # type: ignore[assignment]
+        if not dims or not all(0 <= dim < hidden for dim in dims):
+            raise ValueError(
+                f"sink_dims={sink_dims}: the dimensions in which sinks are massive are needed, of 0..{hidden - 1}. Pass them, "
+                "name a preset= that has them (`vlm-attn calibrate` measures one), or use by='direction', which needs none"
+            )
+        detector = ByDimension(tuple(dims), tau)
+    layers: Any = engine.text_model.layers
+    got: list[Tensor] = []  # of every layer with attention [B, P], from its later rows
+    before, engine.methods = engine.methods, (_Bystander(),)
+    try:
+        with engine.running(inputs) as call:
+            run, group = Run(engine, model, call, inputs), call.prompt.group
+            first = (group != Group.PAD).int().argmax(1)
+            numbers: list[int] = []
+
+            def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+                numbers.append(layer)
+                got.append(_received(attend, group != Group.PAD))
+                return out
+
+            states = layer_states(layers, detector, first, lambda: look(run, run.inputs, tap))
+            flags = detector.find(states, first)[: len(layers)].cpu()
+    finally:
+        engine.methods = before
+    scores = dict(zip(numbers, got, strict=True))
+    found = []
+    for row in range(len(group)):
+        alive = flags[:, row].any(1).nonzero().flatten().tolist()
+        span = (alive[0], alive[-1] + 1) if alive else (0, 0)
+        sinks: list[Sink] = []
+        for column in flags[:, row].any(0).nonzero().flatten().tolist():
+            lives = tuple(flags[:, row, column].nonzero().flatten().tolist())
+            leads = not sinks and column - int(first[row]) < CANDIDATES
+            long = len(lives) >= primary * (span[1] - span[0])
+            kind: Any = "primary" if leads or long else "brief" if len(lives) <= brief * len(layers) else "secondary"
+            seen = [float(scores[layer][row, column]) for layer in lives if layer in scores]
+            name = Group(int(group[row, column])).name
+            sinks.append(Sink(column, name, kind, lives, sum(seen) / max(1, len(seen))))
+        found.append(RowSinks(span, tuple(sinks)))
+    return tuple(found)
+
+
+def _received(attend: Callable[..., Tensor], shown: Tensor) -> Tensor:
+    """``[B, P]`` attention of every token from the rows behind it, mean of rows and heads."""
+    length, total = shown.shape[1], torch.zeros_like(shown, dtype=torch.float32)
+    for start in range(0, length, ROWS_AT_ONCE):
+        rows = torch.arange(start, min(start + ROWS_AT_ONCE, length), device=shown.device)
+        behind = (rows[:, None] > torch.arange(length, device=shown.device)) & shown[:, rows, None]  # [B, R, P]
+        attention = attend(slice(start, start + ROWS_AT_ONCE))[..., :length]
+        total += (attention.mean(1) * behind).sum(1)
+    return total / torch.arange(length - 1, -1, -1, device=shown.device).clamp_min(1)
 
 
 class _Bystander(Method):
@@ -197,6 +354,7 @@ def _prompt_read(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Call]:
     was, engine.force = engine.force, True
     try:
         with engine.running(inputs) as call, torch.no_grad():
+            engine.rehearse(Run(engine, model, call, inputs))
             model(**{**inputs, "use_cache": True})
             yield call
     finally:
@@ -287,4 +445,4 @@ def explain(processor: Any, inputs: Mapping[str, Any], *, query_span: Any = None
     return Explanation(rows=tuple(rows))
 
 
-__all__ = ["Explanation", "explain", "gaze", "saliency", "sinks"]
+__all__ = ["Explanation", "RowSinks", "Sink", "explain", "find_sinks", "gaze", "saliency", "sinks"]

@@ -279,6 +279,21 @@ class Stream:
             return self.model(**given).logits[:, -1].float()
 
 
+def look(run: Run, inputs: Mapping[str, Tensor], tap: Tap | None = None) -> None:
+    """One forward of the plain model over a prompt, for what hooks or a tap see of it.
+
+    Args:
+        run: the run it is beside.
+        inputs: the model's inputs, without positions.
+        tap: see :meth:`~vlm_attn.engine.Engine.aside`.
+    """
+    given: dict[str, Any] = {**inputs, "position_ids": host.prompt_positions(run.model, inputs), "use_cache": False}
+    if "logits_to_keep" in signature(type(run.model).forward).parameters:
+        given["logits_to_keep"] = 1
+    with run.engine.aside(tap=tap), torch.no_grad():
+        run.model(**given)
+
+
 @contextmanager
 def encoded_once(model: Any) -> Iterator[None]:
     """For the length of a ``with`` block, the vision tower is not run again on the pictures it was last given."""

@@ -290,14 +290,14 @@ class Engine:
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             raise ValueError("a patched model generates from input_ids or inputs_embeds; neither was given")
         with self.running(inputs) as call:
-            self._rehearse(Run(self, model, call, inputs))
+            self.rehearse(Run(self, model, call, inputs))
             decoding = next((m for m in self.active if isinstance(m, Decoding)), None)
             if decoding is None:
                 return stock(*args, **kwargs)
             with decoding.decoding(Run(self, model, call, inputs)) as changes:
                 return stock(*args, **{**kwargs, **changes})
 
-    def _rehearse(self, run: Run) -> None:
+    def rehearse(self, run: Run) -> None:
         """What the methods want to see of the plain model before the prompt runs."""
         for method in run.call.methods:
             method.rehearse(run)
@@ -341,7 +341,7 @@ class Engine:
                 self.call = known
             else:
                 self.call = self.build_call(inputs)
-                self._rehearse(Run(self, module, self.call, inputs))
+                self.rehearse(Run(self, module, self.call, inputs))
         except BaseException:
             self._end_bare()
             raise
