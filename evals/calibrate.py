@@ -32,6 +32,7 @@ from vlm_attn.call import Call
 from vlm_attn.evals import chair, pope, runner
 from vlm_attn.evals.coco import CocoDataset
 from vlm_attn.evals.prompts import build_inputs
+from vlm_attn.evals.report import signed
 from vlm_attn.evals.specs import MethodSpec, unknown
 from vlm_attn.evals.stats import Pair, difference, ratio
 from vlm_attn.evals.tasks import Task, chair_task, image_ids_hash, pope_task
@@ -326,10 +327,12 @@ def preset_of(
 ) -> dict[str, Any]:
     """The content of a preset file."""
     facts = {key: presets.fact(model.config, key) for key in FACTS}
+    tried = {"searched": {"gift": len(found["grid"]) - 1}} if "grid" in found else {}
     return {
         "description": f"measured on {name}",
         "model": {key: value for key, value in facts.items() if value is not None},
         "methods": constants,
+        **tried,
         "provenance": {
             **why,
             "measured": f"{date.today().isoformat()}, vlm_attn {vlm_attn.__version__}, Python {platform.python_version()}: "
@@ -372,16 +375,8 @@ def check_table(check: dict[str, Any], chosen: str) -> Table:
         marked = f"{label} <- chosen" if label == chosen else label
         table.add_row(marked, *(f"{figure['values'][label]['value']:.1f}" for figure in figures.values()))
     table.add_section()
-    table.add_row("lost against the best (95 %)", *(interval(figure["lost"]) for figure in figures.values()))
+    table.add_row("lost against the best (95 %)", *(signed(figure["lost"]) for figure in figures.values()))
     return table
-
-
-def interval(metric: dict[str, float | None]) -> str:
-    """A value and its interval, signed."""
-    value, low, high = (round(metric[key] or 0.0, 1) + 0.0 for key in ("value", "low", "high"))
-    if metric["low"] is None:
-        return f"{value:+.1f}"
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def grid_table(metrics: dict[str, dict[str, Any]], chosen: str) -> Table:
@@ -503,7 +498,7 @@ def calibrate(
         if checked:
             unseen = dataset.subset(dataset.image_ids[searched : searched + checked])
             found["check"] = verify(model, processor, unseen, specs, label, **shared)
-            lost = {key: interval(found["check"][key]["lost"]) for key in ("chair_i", "pope_adversarial_f1")}
+            lost = {key: signed(found["check"][key]["lost"]) for key in ("chair_i", "pope_adversarial_f1")}
             why["gift"] += (
                 f"; on {checked} other images it loses {lost['chair_i']} points of CHAIR_I and "
                 f"{lost['pope_adversarial_f1']} of POPE's adversarial F1 against the best of the grid there"

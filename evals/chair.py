@@ -7,7 +7,9 @@ first, and mentions count with repetition.
 * ``CHAIR_S``: share of captions with at least one hallucinated object;
 * ``CHAIR_I``: share of all object mentions that are hallucinated;
 * recall, precision, F1: over the distinct categories of each image;
-* length: tokens per caption after merging double words, punctuation included, as the common scripts count.
+* length: tokens per caption after merging double words, punctuation included, as the common scripts count;
+* distinct-1: different words per word of a caption (Li et al., 2016, arXiv 1510.03055); a caption that repeats itself
+  has few.
 
 Two things decide whether two CHAIR figures can be compared. The ground truth is named in every result:
 ``instances+captions`` is the official one; ``instances`` alone gives higher, that is worse, figures. The
@@ -33,6 +35,7 @@ from vlm_attn.evals.stats import Metric, Pair, ratio
 
 VARIANTS = ("instances", "instances+captions")
 PROMPT = "Please describe this image in detail."
+SCALES = {"length": 1.0}  # all other figures are in percent
 
 # A word with inner hyphens, a clitic ('s, 're), or one sign of punctuation: NLTK's word_tokenize in short.
 _TOKEN = re.compile(r"[^\W_]+(?:-[^\W_]+)*|'[^\W_]+|[^\w\s]|_")
@@ -123,12 +126,16 @@ class Vocabulary:
         """Score one caption against the categories that are in its image.
 
         Returns:
-            ``length``, ``mentions`` (each with text, category, start, end, hallucinated) and ``truth``.
+            ``length``, ``words`` and ``distinct`` (words as written but for case, and how many different ones), ``mentions``
+            (each with text, category, start, end, hallucinated) and ``truth``.
         """
         tokens = self.tokens(caption)
+        words = [word for word in _TOKEN.findall(caption.lower()) if word[0].isalnum()]
         present = sorted({self.category_of.get(name, name) for name in truth})
         return {
             "length": len(tokens),
+            "words": len(words),
+            "distinct": len(set(words)),
             "mentions": [
                 {**asdict(mention), "hallucinated": mention.category not in present}
                 for mention in self._mentions(caption, tokens)
@@ -170,11 +177,10 @@ def summarise(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str
         seed: of the bootstrap.
 
     Returns:
-        ``chair_s, chair_i, recall, precision, f1`` in percent and ``length`` in tokens.
+        ``chair_s, chair_i, recall, precision, f1, distinct_1`` in percent and ``length`` in tokens.
     """
     columns = columns_of(scores)
-    metrics = {name: ratio(top, bottom, scale=100.0, seed=seed) for name, (top, bottom) in columns.items()}
-    return metrics | {"length": ratio([score["length"] for score in scores], [1] * len(scores), seed=seed)}
+    return {name: ratio(*pair, scale=SCALES.get(name, 100.0), seed=seed) for name, pair in columns.items()}
 
 
 def columns_of(scores: Sequence[Mapping[str, Any]]) -> dict[str, Pair]:
@@ -193,6 +199,8 @@ def columns_of(scores: Sequence[Mapping[str, Any]]) -> dict[str, Pair]:
         "precision": (correct, generated),
         # 2PR / (P + R) with P = correct / generated and R = correct / truth
         "f1": ([2 * count for count in correct], [a + b for a, b in zip(generated, truth, strict=True)]),
+        "distinct_1": ([score["distinct"] for score in scores], [score["words"] for score in scores]),
+        "length": ([score["length"] for score in scores], ones),
     }
 
 

@@ -141,6 +141,17 @@ class CocoDataset:
         return {image_id: list(found) for image_id, found in objects.items()}
 
     @cached_property
+    def _boxes(self) -> dict[int, list[tuple[str, tuple[float, float, float, float]]]]:
+        names = {category["id"]: category["name"] for category in self.instances["categories"]}
+        boxes: dict[int, list[tuple[str, tuple[float, float, float, float]]]] = {}
+        for annotation in self.instances["annotations"]:
+            if len(annotation.get("bbox") or ()) == 4:
+                boxes.setdefault(annotation["image_id"], []).append(
+                    (names[annotation["category_id"]], tuple(annotation["bbox"]))
+                )
+        return boxes
+
+    @cached_property
     def _captions(self) -> dict[int, list[str]]:
         captions: dict[int, list[str]] = {}
         for annotation in (self.captions or {"annotations": []})["annotations"]:
@@ -179,6 +190,10 @@ class CocoDataset:
         if image_id not in self._objects:
             raise KeyError(f"{self.name} has no image {image_id}")
         return list(self._objects[image_id])
+
+    def boxes(self, image_id: int) -> list[tuple[str, tuple[float, float, float, float]]]:
+        """(category, (x, y, width, height) in pixels of the picture) of every annotation that has a box."""
+        return list(self._boxes.get(image_id, []))
 
     def reference_captions(self, image_id: int) -> list[str]:
         """Human captions of the image; an empty list where there are none."""

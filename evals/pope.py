@@ -44,6 +44,12 @@ def question_text(name: str) -> str:
     return f"Is there {'an' if name[0].lower() in 'aeiou' else 'a'} {name} in the image?"
 
 
+def asked_object(text: str) -> str:
+    """The object a question asks for: "Is there a dining table in the image?" -> "dining table"; else the question itself."""
+    found = re.match(r"\s*(?:is|are) there (?:an? |any )?(.+?) in th(?:e|is) \w+", text, re.IGNORECASE)
+    return found.group(1).lower() if found else text
+
+
 def build_questions(
     dataset: CocoDataset,
     *,

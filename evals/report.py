@@ -1,8 +1,8 @@
-"""Results as tables in the terminal."""
+"""Results as tables: of one run in the terminal, and of many runs beside the plain model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -70,3 +70,136 @@ def _cell(metric: Mapping[str, float | None]) -> str:
     # No decimals from 100 on: all columns have to fit into 80 characters.
     ends = "–".join(f"{end:.0f}" if end >= 99.95 else f"{end:.1f}" for end in (low, high))
     return f"{metric['value']:.1f}\n[dim]{ends}[/dim]"
+
+
+def signed(metric: Mapping[str, float | None]) -> str:
+    """A difference and its interval."""
+    value, low, high = (round(metric[key] or 0.0, 1) + 0.0 for key in ("value", "low", "high"))
+    if metric["low"] is None:
+        return f"{value:+.1f}"
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def clear(metric: Mapping[str, float | None]) -> bool:
+    """Whether a difference's interval holds no 0."""
+    low, high = metric["low"], metric["high"]
+    return low is not None and high is not None and (low > 0 or high < 0)
+
+
+# Per evaluation: figure -> title. An arrow says where better is.
+EFFECTS: dict[str, dict[str, str]] = {
+    "chair": {
+        "chair_s": "CHAIR_S ↓",
+        "chair_i": "CHAIR_I ↓",
+        "recall": "recall ↑",
+        "f1": "F1 ↑",
+        "length": "length",
+        "distinct_1": "distinct-1 ↑",
+    },
+}
+POPE_FIGURES = {"accuracy": "accuracy ↑", "f1": "F1 ↑", "yes_ratio": "says yes"}
+
+
+def effect_tables(effects: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[list[str]]]]]:
+    """The tables of one model and data (`effects.effects`): title, head, rows of cells of lines.
+
+    A value is followed by its difference to the baseline, with a * where the 95 % interval holds no 0, and by the interval.
+    """
+    methods = effects["methods"]
+    for name, protocol in effects["evals"].items():
+        shown = {label: entry["figures"][name] for label, entry in methods.items() if name in entry["figures"]}
+        for title, titles in _titles(name, shown):
+            rows = []
+            for label, figures in shown.items():
+                finished = protocol["finished"][label]
+                part = [] if finished == protocol["samples"] else [f"{finished} of {protocol['samples']}"]
+                rows.append([[label, *part], *(_effect_cell(figures.get(key)) for key in titles)])
+            yield title, ["", *titles.values()], rows
+    columns = {
+        f"time per token, {NAMES[name]}": [_times(entry["speed"].get(name)) for entry in methods.values()]
+        for name in effects["evals"]
+    }
+    columns["time of a batch"] = [_times(entry["latency"]) for entry in methods.values()]
+    columns["settings tried"] = [
+        "-" if entry["searched"] is None else str(entry["searched"]) for entry in methods.values()
+    ]
+    columns = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
+    if columns:
+        yield "Cost", ["", *columns], [[[cell] for cell in row] for row in zip(methods, *columns.values(), strict=True)]
+
+
+NAMES = {"chair": "CHAIR", "pope": "POPE"}
+LEGEND = (
+    "In percent; length in tokens. Signed: the difference to {baseline}, with its 95 % interval (paired bootstrap over "
+    "images); * where that holds no 0. Time: per generated token, its prompt included, over that of {baseline} in the same "
+    "run; of a batch of captions, in alternation with {baseline}."
+)
+
+
+def _titles(name: str, shown: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, str]]]:
+    """The tables of an evaluation: title, and figure -> title of its column."""
+    present = list(dict.fromkeys(key for figures in shown.values() for key in figures))
+    if name != "pope":
+        return [(NAMES[name], {key: title for key, title in EFFECTS[name].items() if key in present})]
+    splits = list(dict.fromkeys(key.rpartition(".")[0] for key in present))
+    return [
+        (f"POPE: {title}", {f"{split}.{figure}": split for split in splits}) for figure, title in POPE_FIGURES.items()
+    ]
+
+
+def _effect_cell(figure: Mapping[str, Any] | None) -> list[str]:
+    if figure is None:
+        return ["-"]
+    difference = figure.get("difference")
+    if not difference:
+        return [f"{figure['value']:.1f}"]
+    change, _, interval = signed(difference).partition(" ")
+    return [f"{figure['value']:.1f}", change + " *" * clear(difference), *([interval] if interval else [])]
+
+
+def _times(speed: Mapping[str, float] | None) -> str:
+    if not speed:
+        return "-"
+    if "latency" in speed:
+        return f"{speed['latency']:.2f}x"
+    return f"{1000 / speed['tokens_per_second']:.1f} ms" if speed["tokens_per_second"] else "-"
+
+
+def effects_group(effects: Mapping[str, Any]) -> Group:
+    """The tables for the terminal."""
+    parts: list[Table | Text] = [Text(f"{effects['model']} on {effects['data']}", style="bold")]
+    for title, head, rows in effect_tables(effects):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", show_edge=False)
+        for place, column in enumerate(head):
+            table.add_column(column, justify="right" if place else "left", overflow="fold", no_wrap=not place)
+        for row in rows:
+            table.add_row(*("\n".join([cell[0], *(f"[dim]{line}[/dim]" for line in cell[1:])]) for cell in row))
+        parts += [table, Text("")]
+    return Group(*parts, *(Text(line, style="dim") for line in notes(effects)))
+
+
+def effects_markdown(effects: Mapping[str, Any]) -> str:
+    """The tables as Markdown."""
+    lines = [f"## {effects['model']} on {effects['data']}", ""]
+    for title, head, rows in effect_tables(effects):
+        lines += [f"### {title}", "", _markdown_row(head), "|" + "---|" * len(head)]
+        lines += [_markdown_row([" ".join(cell) for cell in row]) for row in rows]
+        lines.append("")
+    return "\n".join([*lines, *(f"{line}\n" for line in notes(effects))])
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def notes(effects: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know beside the tables."""
+    lines = [LEGEND.format(baseline=effects["baseline"])] if effects["baseline"] else ["In percent; length in tokens."]
+    for name, protocol in effects["evals"].items():
+        facts = [f"{protocol['images']} images", f"prompt {protocol['prompt']!r}"]
+        facts += [f"{key.replace('_', ' ')} {protocol[key]}" for key in ("variant", "parser") if key in protocol]
+        facts += [f"at most {protocol['max_new_tokens']} tokens", f"ids {protocol['image_ids_sha256'][:12]}"]
+        if protocol["skipped"]:
+            facts.append(f"{protocol['skipped']} samples skipped, their pictures cannot be read")
+        lines.append(f"{NAMES[name]}: {', '.join(facts)}.")
+    return lines + ([effects["note"]] if "note" in effects else [])

@@ -11,6 +11,7 @@ A results folder holds
 * ``results.json``: ``schema_version, status, eval, config, versions, device, seed, prompt, image_ids_sha256,
   parser, counts, metrics, environment``; metrics are ``{"value", "low", "high"}`` with 95 % intervals,
   percentages in percent;
+  ``environment.speed`` holds, per method, samples, tokens and seconds of generation but for the first batch, which warms up;
 * ``image_ids.txt``: the images, one id per line, as ``--ids`` takes them;
 * ``.lock``: held while a run writes here.
 """
@@ -49,10 +50,12 @@ def write_json(path: str | Path, content: Any) -> None:
         OSError: the folder cannot be made or written to.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(Path(path), text)
+    write_text(path, text)
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all; see `write_json`."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -74,12 +77,27 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a ``samples.jsonl``, up to the first that a killed run left unfinished; none where there is no file."""
+    records: list[dict[str, Any]] = []
+    file = Path(path)
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []:
+        try:
+            record = json.loads(line)
+            _ = record["method"], record["sample"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break  # cut short, or the end of the file
+        records.append(record)
+    return records
+
+
 class _Store:
     """The results folder: what is finished, and how more is added. Without a folder: a list in memory."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.records: list[dict[str, Any]] = []
+        self.speed: dict[str, dict[str, Any]] = {}
 
     def lock(self) -> contextlib.AbstractContextManager[Any]:
         """Keep other runs out of the folder; the system lets go of it when this process ends, however it ends.
@@ -127,20 +145,15 @@ class _Store:
             telling = [key for key in changed if key not in ("weights", "image_ids_sha256")] or changed
             differences = ", ".join(f"{k}: {_short(earlier.get(k))}, now {_short(wanted.get(k))}" for k in telling)
             raise ValueError(f"{self.folder} holds another run ({differences}); choose another --out")
-        records: list[dict[str, Any]] = []
-        for line in samples.read_text(encoding="utf-8", errors="replace").split("\n") if samples.exists() else []:
-            try:
-                record = json.loads(line)
-                key = (record["method"], record["sample"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                break  # the last line of a killed run, or the end of the file
-            if len(records) == len(expected) or key != tuple(expected[len(records)]):
-                raise ValueError(f"{samples}, line {len(records) + 1}: not of this run; choose another --out")
-            records.append(record)
+        records = read_records(samples)
+        for place, record in enumerate(records):
+            if place >= len(expected) or (record["method"], record["sample"]) != tuple(expected[place]):
+                raise ValueError(f"{samples}, line {place + 1}: not of this run; choose another --out")
+        self.speed = content.get("environment", {}).get("speed", {})
         whole = max(size for size in batch if size <= len(records))
         self.records = records[:whole]
         if samples.exists():
-            _replace(samples, "".join(_line(record) for record in self.records))
+            write_text(samples, "".join(_line(record) for record in self.records))
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add the records of a finished batch, on disk before this returns."""
@@ -252,7 +265,7 @@ def _run(
     finished_before = processes.on_first(begin)
     clock = time.perf_counter()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    speed: dict[str, dict[str, float]] = {}
+    speed = store.speed
 
     def results(status: str) -> dict[str, Any]:
         finished = {s.label: [r for r in store.records if r["method"] == s.label] for s in specs}
@@ -281,22 +294,26 @@ def _run(
         return content
 
     if processes.first and finished_before < len(expected) and folder is not None:
-        _replace(folder / "image_ids.txt", "".join(f"{image}\n" for image in task.image_ids))
+        write_text(folder / "image_ids.txt", "".join(f"{image}\n" for image in task.image_ids))
         results("running")
     status = "failed"
     load_image = functools.lru_cache(maxsize=2 * batch_size)(task.dataset.load_image)
 
-    def attempt(spec: MethodSpec, starts: Sequence[int]) -> tuple[list[dict[str, Any]], int, Exception | None]:
-        """Records and tokens of the batches that begin at ``starts``; an error is handed on, so that all processes end."""
+    def attempt(spec: MethodSpec, starts: Sequence[int]) -> tuple[list[dict[str, Any]], int, float, Exception | None]:
+        """Records, tokens and seconds of generation of the batches that begin at ``starts``.
+
+        An error is handed on, so that all processes end.
+        """
         records: list[dict[str, Any]] = []
-        tokens = 0
+        tokens, seconds = 0, 0.0
         try:
             for start in starts:
                 batch = task.samples[start : start + batch_size]
                 images = [load_image(sample.image_id) for sample in batch]
                 prompts = [sample.prompt for sample in batch]
+                begun = time.perf_counter()
                 answers, count = generate(model, processor, images, prompts, task.max_new_tokens, denoise)
-                tokens += count
+                tokens, seconds = tokens + count, seconds + time.perf_counter() - begun
                 records += [
                     {
                         "method": spec.label,
@@ -309,8 +326,8 @@ def _run(
                     for offset, (sample, answer) in enumerate(zip(batch, answers, strict=True))
                 ]
         except Exception as error:
-            return [], tokens, error
-        return records, tokens, None
+            return [], tokens, seconds, error
+        return records, tokens, seconds, None
 
     try:
         for row, spec in enumerate(specs):
@@ -321,23 +338,22 @@ def _run(
                 continue
             starts_left = range(done, size, batch_size)
             with spec.applied(model, processor):
-                begun, tokens = time.perf_counter(), 0
+                measured = speed.setdefault(spec.label, {"samples": 0, "tokens": 0, "seconds": 0.0})
                 for turn in range(0, len(starts_left), processes.count):
                     mine = starts_left[turn + processes.rank :][:1]
-                    for records, count, error in processes.gather(attempt(spec, mine)):
+                    gathered = processes.gather(attempt(spec, mine))
+                    # The first turn also warms up: it is timed only where it is the only one.
+                    timed = turn > 0 or len(starts_left) <= processes.count
+                    measured["seconds"] += timed * max(seconds for *_, seconds, _ in gathered)
+                    for records, count, _, error in gathered:
                         if error is not None:
                             raise error
-                        tokens += count
                         if not records:  # the last turn may have fewer batches than there are processes
                             continue
                         if processes.first:
                             store.append(records)
-                        seconds = time.perf_counter() - begun
-                        speed[spec.label] = {
-                            "samples": records[-1]["sample"] + 1 - done,
-                            "seconds": round(seconds, 3),
-                            "tokens_per_second": round(tokens / seconds, 1),
-                        }
+                        measured["samples"] += timed * len(records)
+                        measured["tokens"] += timed * count
                         if progress is not None:
                             progress(spec.label, len(records))
         status = "complete"

@@ -58,16 +58,27 @@ class MethodSpec:
     def describe(self, model: Any, processor: Any) -> list[dict[str, Any]]:
         """Names and all parameters as they run on this model, as plain data for a results file.
 
+        With ``searched``, the number of settings that were compared before the preset's constants were chosen, where it says.
+
         Raises:
             ValueError, TypeError, NotImplementedError: the model cannot be patched with this spec.
         """
         if not self.names:
             return []
+        from vlm_attn import presets
         from vlm_attn.patching import engine_of
 
         with self.applied(model, processor):
             methods = engine_of(model).methods
-        return [{"name": method.name, "params": _plain(method)} for method in methods]
+        described = []
+        for method in methods:
+            entry = {"name": method.name, "params": _plain(method)}
+            # Of the preset's constants as they are; with parameters given by hand nothing is known.
+            if not self.params.get(method.name):
+                tried = presets.searched(method.name, model.config, self.preset)
+                entry |= {} if tried is None else {"searched": tried}
+            described.append(entry)
+        return described
 
 
 def _plain(method: Any) -> dict[str, Any]:

@@ -63,7 +63,9 @@ def test_console_script() -> None:
     assert done.stderr.strip() == "Error: no/such.jpg: no such image"
 
 
-@pytest.mark.parametrize("command", ["methods", "caption", "demo", "eval", "score chair", "calibrate", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["methods", "caption", "demo", "eval", "report", "score chair", "calibrate", "doctor"]
+)
 def test_every_command_shows_an_example(command: str) -> None:
     result = call(*command.split(), "--help")
     assert result.exit_code == 0

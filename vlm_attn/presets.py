@@ -87,15 +87,27 @@ def constants(name: str, config: Any, preset: str | None) -> dict[str, Any]:
     Raises:
         ValueError: the preset asked for is for another model, or has nothing for this method.
     """
+    found = _with(name, config, preset)["methods"][name]
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+
+
+def searched(name: str, config: Any, preset: str | None) -> int | None:
+    """How many settings were compared before a method's constants were chosen; None where the preset does not say.
+
+    Args and errors: see :func:`constants`.
+    """
+    return _with(name, config, preset).get("searched", {}).get(name)
+
+
+def _with(name: str, config: Any, preset: str | None) -> dict[str, Any]:
+    """The preset that has a method's constants for a model; an empty one if none fits and none was asked for."""
     if preset is None:
         own = (p for p in bundled().values() if name in p["methods"] and mismatch(p, config) is None)
-        found: dict[str, Any] = next(own, {"methods": {name: {}}})["methods"][name]
-    else:
-        data = fitting(preset, config)
-        if name not in data["methods"]:
-            raise ValueError(f"preset {preset!r} has nothing for {name!r}, only for: {', '.join(data['methods'])}")
-        found = data["methods"][name]
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+        return next(own, {"methods": {name: {}}})
+    data = fitting(preset, config)
+    if name not in data["methods"]:
+        raise ValueError(f"preset {preset!r} has nothing for {name!r}, only for: {', '.join(data['methods'])}")
+    return data
 
 
 def complete(method: Method, config: Any, facts: ModelFacts, preset: str | None) -> Method:

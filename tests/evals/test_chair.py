@@ -109,6 +109,9 @@ def test_metrics_of_a_hand_made_case() -> None:
             "precision": 100 * 2 / 4,
             "f1": 100 * 2 * (2 / 5) * (2 / 4) / (2 / 5 + 2 / 4),
             "length": (8 + 2 + 2 + 4) / 4,
+            "distinct_1": 100
+            * (4 + 2 + 2 + 4)
+            / (7 + 2 + 2 + 4),  # without punctuation; "boats" is another word than "boat"
         }
     )
 

@@ -1,4 +1,4 @@
-"""``vlm-attn eval | score | calibrate``: measure methods and models, and score answers that exist."""
+"""``vlm-attn eval | report | score | calibrate``: measure and compare methods, and score answers that exist."""
 
 from __future__ import annotations
 
@@ -234,6 +234,77 @@ def _print_results(console: Any, results: dict[str, Any], folder: Path | None) -
         total = results["counts"]["samples"] * len(results["config"]["methods"])
         kept = "The same command goes on from there." if folder is not None else "With --out it could go on."
         console.print(f"Stopped after {done} of {total} samples. {kept}")
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What eval --out or experiment --out wrote; all runs in it are found.")
+    ],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Only these runs. Repeats.", show_default="all")
+    ] = None,
+    baseline: Annotated[str, typer.Option(help="What the others are compared with.")] = "baseline",
+    searched: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD=N", help="How many settings were tried before this one was chosen. Repeats."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="COCO folder of the runs, for pictures and boxes; scenes need none.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="val2014, val2017 ...", show_default="the first found")] = None,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst images to show.")] = 20,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.html, report.md and plots.", show_default="DIR/report", file_okay=False),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write all figures here; - is the screen.")
+    ] = None,
+) -> None:
+    """Compare methods: every figure with its difference to the plain model, plots, and the worst images as one HTML page.
+
+    Example: [b]vlm-attn report runs --json effects.json[/b]
+    """
+    effects, tables = evals_module("effects"), evals_module("report")
+    console = console_of(stderr=str(json_file) == "-")
+    experiment = effects.read_experiment(folder)
+    runs = effects.read_runs(folder, [*method, baseline] if method else None)
+    for label, count in effects.read_counts(searched or (), runs).items():
+        experiment[label] = {**experiment.get(label, {}), "searched": count}
+    found, sections, texts = [], [], []
+    out = out or folder / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    for number, world in enumerate(effects.worlds(runs), start=1):
+        facts = effects.effects(world, baseline=baseline, experiment=experiment)
+        suffix = f"-{number}" if number > 1 else ""
+        plots = [
+            evals_module("plots").plot_frontier(facts, out / f"frontier{suffix}.png"),
+            evals_module("plots").plot_categories(world, list(facts["methods"]), out / f"categories{suffix}.png"),
+        ]
+        dataset = _pictures_of(facts["data"], data, split)
+        console.print(tables.effects_group(facts))
+        found.append(facts)
+        texts.append(tables.effects_markdown(facts))
+        drawn = [plot for plot in plots if plot is not None]
+        sections.append(evals_module("page").section(facts, world, drawn, dataset=dataset, worst=worst))
+    evals_module("runner").write_text(out / "report.md", "\n".join(texts))
+    evals_module("runner").write_text(out / "report.html", evals_module("page").page(sections))
+    if json_file is not None:
+        write_json(json_file, found)
+    console.print(f"Written: {out / 'report.html'}, {out / 'report.md'}", soft_wrap=True)
+
+
+def _pictures_of(name: str, data: Path | None, split: str | None) -> Any:
+    """The data behind a run, for its pictures; None where it is not at hand."""
+    if name.startswith("scenes:"):
+        return dataset_of("scenes", name.removeprefix("scenes:"))
+    if data is None:
+        return None
+    dataset = dataset_of(str(data), split)
+    if dataset.name != name:
+        raise ValueError(f"--data {data}: this is {dataset.name}, the run used {name}")
+    return dataset
 
 
 score_app = typer.Typer(help="Score answers that exist already, without a model.")

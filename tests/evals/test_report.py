@@ -1,0 +1,248 @@
+"""Reports: paired differences, tables, plots and the page of worst images."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vlm_attn import cli
+from vlm_attn.evals import chair, effects, page, pope, report, runner
+from vlm_attn.evals.coco import CocoDataset, open_image
+from vlm_attn.evals.plots import frontier
+from vlm_attn.evals.specs import parse_specs
+from vlm_attn.evals.tasks import chair_task
+
+VOCABULARY = chair.coco_vocabulary()
+GIFT = [{"name": "gift", "params": {"alpha": 2.0}, "searched": 5}]
+
+
+def write_run(folder: Path, answers: dict[str, list[str]], **changes: Any) -> Path:
+    """A CHAIR run over images of a dog each: label -> captions."""
+    methods = {label: [] if label == "baseline" else GIFT for label in answers}
+    config = {"model": "m", "weights": "w", "data": "d", "images": 40, "methods": methods, "max_new_tokens": 8}
+    speed = {label: {"samples": 10, "tokens": 100, "seconds": 1.0 + place} for place, label in enumerate(answers)}
+    results = {
+        "eval": "chair", "config": {**config, "variant": "instances", **changes}, "device": "cpu", "seed": 0,
+        "prompt": "p", "image_ids_sha256": "0" * 64, "parser": "coco_objects", "environment": {"speed": speed},
+        "counts": {"samples": 40},
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    with open(folder / "samples.jsonl", "w") as file:
+        for label, captions in answers.items():
+            for place, caption in enumerate(captions):
+                score = VOCABULARY.score(caption, ["dog"])
+                record = {"method": label, "sample": place, "image_id": place, "answer": caption, "score": score}
+                file.write(json.dumps(record) + "\n")
+    return folder
+
+
+BASE = ["a dog and a cat" if place < 20 else "a dog" for place in range(40)]
+BETTER = ["a dog and a cat" if place < 16 else "a dog" for place in range(40)]  # four of the twenty are mended
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", {"baseline": BASE, "gift": BETTER})
+
+
+def test_differences_are_paired(run: Path) -> None:
+    found = effects.effects(effects.read_runs(run))
+    plain, gift = (found["methods"][label]["figures"]["chair"] for label in ("baseline", "gift"))
+    assert list(plain) == ["chair_s", "chair_i", "recall", "precision", "f1", "distinct_1", "length"]
+    assert plain["chair_s"]["value"] == 50.0
+    assert gift["chair_s"]["value"] == 40.0
+    assert plain["chair_i"]["value"] == pytest.approx(100 * 20 / 60)
+    assert plain["length"]["value"] == pytest.approx(3.5)
+    # "a dog and a cat" has four different words of five
+    assert plain["distinct_1"]["value"] == pytest.approx(100 * (20 * 4 + 20 * 2) / (20 * 5 + 20 * 2))
+    change = gift["chair_s"]["difference"]
+    assert change["value"] == pytest.approx(-10.0)
+    # Four of 40 images changed: the standard error is 100 sqrt(.1 .9 / 40) = 4.7; unpaired it would be 11.
+    assert change["low"] == pytest.approx(-10 - 1.96 * 4.74, abs=2.0)
+    assert change["high"] == pytest.approx(-10 + 1.96 * 4.74, abs=2.5)
+    assert gift["recall"]["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert "difference" not in plain["chair_s"]
+    assert found["methods"]["gift"]["speed"]["chair"]["latency"] == pytest.approx(2.0)
+    assert found["methods"]["gift"]["speed"]["chair"]["seconds_per_answer"] == pytest.approx(0.2)
+    assert found["methods"]["gift"]["searched"] == 5
+    assert found["methods"]["baseline"]["searched"] is None
+
+
+def test_unfinished_methods_are_compared_over_what_they_have(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"baseline": BASE, "gift": BETTER[:24]})
+    found = effects.effects(effects.read_runs(folder))
+    gift = found["methods"]["gift"]["figures"]["chair"]["chair_s"]
+    assert gift["value"] == pytest.approx(100 * 16 / 24)
+    assert gift["difference"]["value"] == pytest.approx(100 * (16 - 20) / 24)
+    assert "24 of 40" in report.effects_markdown(found)
+
+
+def test_runs_of_one_protocol_are_joined_and_others_are_not(run: Path) -> None:
+    write_run(run.parent / "more", {"baseline": BASE, "vhr": BETTER})
+    write_run(run.parent / "other", {"baseline": BASE}, model="another")
+    worlds = effects.worlds(effects.read_runs(run.parent))
+    assert [len(world) for world in worlds] == [2, 1]
+    assert list(effects.effects(worlds[0])["methods"]) == ["baseline", "vhr", "gift"]
+    only = effects.read_runs(run.parent, ["vhr", "baseline"])
+    assert list(effects.effects(effects.worlds(only)[0])["methods"]) == ["baseline", "vhr"]
+    write_run(run.parent / "longer", {"baseline": BASE}, max_new_tokens=16)
+    with pytest.raises(ValueError, match="differ in max_new_tokens: report them one by one"):
+        effects.effects(effects.worlds(effects.read_runs(run.parent))[0])
+    (run.parent / "longer" / "results.json").unlink()
+    changed = json.loads((run.parent / "more" / "results.json").read_text())
+    changed["config"]["methods"]["vhr"] = changed["config"]["methods"].pop("baseline")
+    write_run(run.parent / "third", {"gift": BETTER}, methods={"gift": [{"name": "gift", "params": {"alpha": 9}}]})
+    with pytest.raises(ValueError, match="both have a run 'gift', with different parameters"):
+        effects.effects(effects.worlds(effects.read_runs(run.parent))[0])
+
+
+def test_without_the_baseline_there_are_no_differences(run: Path) -> None:
+    found = effects.effects(effects.read_runs(run, ["gift"]))
+    assert found["baseline"] is None
+    assert "difference" not in found["methods"]["gift"]["figures"]["chair"]["chair_s"]
+    assert "latency" in found["methods"]["gift"]["speed"]["chair"]  # both were timed in this run
+    report.effects_markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda run: (run / "results.json").unlink(), r"no results\.json"),
+        (lambda run: (run / "results.json").write_text("{}"), "not a results file"),
+        (lambda run: (run / "results.json").write_text("{"), "not a results file"),
+        (
+            lambda run: (run / "samples.jsonl").write_text('{"method": "x", "sample": 0, "score": {}}\n'),
+            "'x' is not of this run",
+        ),
+    ],
+)
+def test_folders_that_are_no_runs(run: Path, break_it: Any, message: str) -> None:
+    break_it(run)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        effects.read_runs(run)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        effects.read_runs(run / "nowhere")
+
+
+def test_what_an_experiment_says_is_read(run: Path) -> None:
+    out = run.parent / "effect"
+    (out / "test").mkdir(parents=True)
+    run.rename(out / "test" / "gift")
+    write_run(out / "search" / "gift", {"alpha=1": BASE, "alpha=2": BASE}, max_new_tokens=9)
+    facts = {"gift": {"searched": 9, "chosen": {}, "latency": 1.25, "low": 1.2, "high": 1.3}}
+    (out / "settings.json").write_text(json.dumps(facts))
+    for folder in (out, out / "test"):
+        found = effects.effects(effects.read_runs(folder), experiment=effects.read_experiment(folder))
+        assert list(found["methods"]) == ["baseline", "gift"]  # settings that were only tried are left out
+        assert found["methods"]["gift"]["searched"] == 9
+        assert found["methods"]["gift"]["latency"] == {"latency": 1.25, "low": 1.2, "high": 1.3}
+        assert "1.25x" in report.effects_markdown(found)
+    assert effects.read_experiment(out / "test" / "gift") == {}
+
+
+def test_names_that_are_not_there(run: Path) -> None:
+    with pytest.raises(ValueError, match="unknown method 'gft'; did you mean 'gift'"):
+        effects.read_runs(run, ["gft"])
+    runs = effects.read_runs(run)
+    assert effects.read_counts(["gift=12"], runs) == {"gift": 12}
+    for text, message in (("gift", "METHOD=NUMBER"), ("gift=x", "METHOD=NUMBER"), ("gft=1", "did you mean 'gift'")):
+        with pytest.raises(ValueError, match=message):
+            effects.read_counts([text], runs)
+
+
+def test_frontier_keeps_what_nothing_beats() -> None:
+    points = {"a": (1, 5), "b": (2, 3), "c": (2, 4), "d": (4, 1), "e": (4, 1), "f": (5, 5)}
+    assert frontier(points) == {"a", "b", "d", "e"}
+
+
+def test_objects_invented_and_missed() -> None:
+    rows = [{"score": VOCABULARY.score(text, ["dog", "car"])} for text in ("a dog, a cat, cats", "a boat and a car")]
+    assert effects.by_category("chair", rows) == {
+        "cat": {"invented": 2, "missed": 0}, "car": {"invented": 0, "missed": 1},
+        "boat": {"invented": 1, "missed": 0}, "dog": {"invented": 0, "missed": 1},
+    }  # fmt: skip
+    questions = [
+        ("Is there a dining table in the image?", "no"),
+        ("Is there an apple in the imange?", "yes"),
+        ("Hm?", "no"),
+    ]
+    rows = [{"question": q, "label": label, "score": {"correct": False}} for q, label in questions]
+    assert effects.by_category("pope", rows) == {
+        "dining table": {"invented": 1, "missed": 0}, "apple": {"invented": 0, "missed": 1},
+        "Hm?": {"invented": 1, "missed": 0},
+    }  # fmt: skip
+    assert pope.asked_object("Are there any kites in this picture?") == "kites"
+
+
+def test_page_marks_words_and_boxes_and_escapes(coco_folder: Path, run: Path) -> None:
+    dataset = CocoDataset.from_folder(coco_folder)
+    image = dataset.image_ids[0]  # 40 x 30, boxes at the corner
+    text = "<b>a cat</b> & a dog"
+    record = {"method": "baseline", "sample": 0, "image_id": image, "answer": text}
+    record["score"] = VOCABULARY.score(text, ["dog"])
+    runs = effects.read_runs(run)
+    runs[0].records.update(baseline=[record], gift=[])
+    html = page.section(effects.effects(runs), runs, [], dataset=dataset, worst=3)
+    assert '&lt;b&gt;a <mark title="not there">cat</mark>&lt;/b&gt; &amp; a dog' in html
+    assert html.count("<article>") == 1
+    assert html.count("<rect") == len(dataset.objects(image))
+    assert 'viewBox="0 0 40 30"' in html
+    assert "<b>" not in html
+    missing = CocoDataset(dataset.name, dataset.instances, None, lambda image: open_image(f"/nowhere/{image}"))
+    assert "/nowhere/" in page.section(effects.effects(runs), runs, [], dataset=missing, worst=3)
+
+
+def call(*args: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args], env={"COLUMNS": "120"})
+
+
+def test_report_of_real_runs(coco_folder: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    params = ["--param", "gift.saliency_layers=[1]", "--param", "gift.enhance_layers=[1,2]"]
+    shared = ["--data", coco_folder, "--method", "baseline", "--method", "gift", "--batch-size", 2, *params]
+    out = tmp_path / "runs"
+    done = call("eval", "chair", "pope", "--model", tiny_model_folder, "--device", "cpu", "--out", out, *shared)
+    assert done.exit_code == 0, done.output
+    done = call("report", out, "--data", coco_folder, "--worst", 3, "--json", tmp_path / "effects.json")
+    assert done.exit_code == 0, done.output
+    for title in ("CHAIR_S", "distinct-1", "adversarial", "time per token"):
+        assert title in done.stdout
+    (found,) = json.loads((tmp_path / "effects.json").read_text())
+    for name in ("chair", "pope"):
+        results = json.loads((out / name / "results.json").read_text())
+        for label in ("baseline", "gift"):
+            figures = found["methods"][label]["figures"][name]
+            assert found["methods"][label]["speed"][name]["latency"] > 0
+            for key, cell in figures.items():
+                group, _, figure = key.rpartition(".")
+                metrics = results["metrics"][label][group or results["config"].get("variant")]
+                assert {k: cell[k] for k in ("value", "low", "high")} == metrics[figure], key
+                if label == "gift":
+                    base = found["methods"]["baseline"]["figures"][name][key]["value"]
+                    assert cell["difference"]["value"] == pytest.approx(cell["value"] - base, abs=1e-9)
+    folder = out / "report"
+    assert {file.name for file in folder.iterdir()} == {"report.html", "report.md", "frontier.png", "categories.png"}
+    html = (folder / "report.html").read_text()
+    assert html.count("<article>") == 3
+    assert html.count("data:image/jpeg") == 3
+    assert html.count("data:image/png") == 2
+    assert not re.search(r"(src|href)=\"(?!data:)", html)  # nothing is fetched
+    assert "| baseline |" in (folder / "report.md").read_text()
+    refused = call("report", out, "--data", tmp_path)
+    assert refused.exit_code == 2
+
+
+def test_speeds_stay_when_nothing_is_left_to_run(
+    coco_folder: Path, tiny_model: tuple[Any, Any], tmp_path: Path
+) -> None:
+    task = chair_task(CocoDataset.from_folder(coco_folder), max_new_tokens=4)
+    options = {"model_name": "tiny", "batch_size": 3, "out": tmp_path}
+    first = runner.run(task, parse_specs(["baseline"]), *tiny_model, **options)["environment"]["speed"]
+    assert first["baseline"]["samples"] == len(task.samples) - 3  # all but the batch that warms up
+    assert first["baseline"]["tokens"] > 0
+    assert runner.run(task, parse_specs(["baseline"]), *tiny_model, **options)["environment"]["speed"] == first
