@@ -11,6 +11,7 @@ from vlm_attn.visual_token_ops.pyramid_drop import PyramidDrop
 from vlm_attn.visual_token_ops.random import Random
 from vlm_attn.visual_token_ops.sparsevlm import SparseVLM
 from vlm_attn.visual_token_ops.steps import LateStep, Progressive
+from vlm_attn.visual_token_ops.tome import ToMe
 from vlm_attn.visual_token_ops.trim import Trim
 from vlm_attn.visual_token_ops.visionzip import VisionZip
 from vlm_attn.visual_token_ops.vscan import VScan
@@ -30,6 +31,7 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "SparseVLM",
+    "ToMe",
     "Trim",
     "VScan",
     "VisionZip",

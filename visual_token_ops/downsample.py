@@ -48,6 +48,15 @@ class Downsample(Reducer):
             .to(picture.places.device)
         )
 
+    def owners(self, picture: Picture, chosen: Tensor) -> Tensor:
+        """The token at the nearest centre of a cell."""
+        down, across = (
+            (torch.arange(size)[:, None] - centres(size, cells)).abs().argmin(1)
+            for size, cells in zip(picture.grid, smaller(picture.grid, picture.count), strict=True)
+        )
+        cells = down[:, None] * smaller(picture.grid, picture.count)[1] + across
+        return chosen[cells.flatten().to(chosen.device)]
+
     def merge(self, picture: Picture, chosen: Tensor) -> Tensor:
         """The mean of every cell."""
         grid = picture.tokens.T.reshape(1, -1, *picture.grid).float()

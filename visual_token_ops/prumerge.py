@@ -39,12 +39,15 @@ class PruMerge(Reducer):
         assert picture.cls is not None
         return picture.cls
 
+    def owners(self, picture: Picture, chosen: Tensor) -> Tensor:
+        """The kept token whose key is most similar."""
+        assert picture.keys is not None
+        unit = nn.functional.normalize(picture.keys, dim=-1)
+        return chosen[(unit @ unit[chosen].T).argmax(1)].index_copy(0, chosen, chosen)
+
     def merge(self, picture: Picture, chosen: Tensor) -> Tensor:
         """``sum_j a_j x_j / sum_j a_j`` over the kept token and those that go to it."""
-        assert picture.keys is not None
         assert picture.cls is not None
-        unit = nn.functional.normalize(picture.keys, dim=-1)
-        goes = (unit @ unit[chosen].T).argmax(1)
-        goes[chosen] = torch.arange(len(chosen), device=goes.device)
+        goes = torch.searchsorted(chosen, self.owners(picture, chosen))
         weight = nn.functional.one_hot(goes, len(chosen)).float() * picture.cls[:, None]
         return weight.T @ picture.tokens.float() / weight.sum(0)[:, None]

@@ -111,14 +111,23 @@ class SparseVLM(Reducer):
         sums = torch.zeros(len(centre), tokens.shape[1], device=tokens.device).index_add(0, goes, tokens)
         picture.memory["means"] = sums / goes.bincount(minlength=len(centre))[:, None]
         picture.memory["centres"] = recycled[centre]
+        picture.memory["recycled"], picture.memory["goes"] = recycled, goes
         return torch.cat([chosen, recycled[centre]]).sort().values
 
     def merge(self, picture: Picture, chosen: Tensor) -> Tensor | None:
         """Cluster means in the place of their centres."""
         if "means" not in picture.memory:
             return None
-        means, centres = picture.memory.pop("means"), picture.memory.pop("centres")
+        means, centres = picture.memory.pop("means"), picture.memory["centres"]
         return picture.tokens.float().index_copy(0, centres, means)[chosen]
+
+    def owners(self, picture: Picture, chosen: Tensor) -> Tensor:
+        """The centre of its cluster for what is recycled, nobody for the rest."""
+        owners = super().owners(picture, chosen)
+        if "centres" in picture.memory:
+            centres, recycled, goes = (picture.memory.pop(name) for name in ("centres", "recycled", "goes"))
+            owners = owners.index_copy(0, recycled, centres[goes])
+        return owners
 
 
 def raters(image: Tensor, text: Tensor) -> Tensor:

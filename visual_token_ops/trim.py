@@ -45,6 +45,13 @@ class Trim(ClipReducer):
         """Cosine with the question."""
         return self.similarity(picture)
 
+    def owners(self, picture: Picture, chosen: Tensor) -> Tensor:
+        """The mean stands for all that go."""
+        if not self.summary:
+            return super().owners(picture, chosen)
+        last = chosen[self.score(picture)[chosen].argmin()]
+        return last.expand(len(picture.tokens)).index_copy(0, chosen, chosen)
+
     def merge(self, picture: Picture, chosen: Tensor) -> Tensor | None:
         """The least of the chosen ones becomes the mean of itself and of all that go."""
         if not self.summary:

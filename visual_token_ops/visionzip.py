@@ -55,15 +55,22 @@ class VisionZip(Reducer):
         rest = others(len(picture.tokens), dominant)
         return dominant, rest[torch.arange(spaced, device=rest.device) * (len(rest) // max(1, spaced))]
 
+    def owners(self, picture: Picture, chosen: Tensor) -> Tensor:
+        """The contextual token whose key is most similar."""
+        assert picture.keys is not None
+        _, targets = self.split(picture)
+        if not len(targets):
+            return super().owners(picture, chosen)
+        unit = nn.functional.normalize(picture.keys, dim=-1)
+        return targets[(unit @ unit[targets].T).argmax(1)].index_copy(0, chosen, chosen)
+
     def merge(self, picture: Picture, chosen: Tensor) -> Tensor:
         """``x_c + mean of the tokens that go to c``."""
-        assert picture.keys is not None
         _, targets = self.split(picture)
         rest = others(len(picture.tokens), chosen)
         tokens = picture.tokens.float()
         if len(targets) and len(rest):
-            unit = nn.functional.normalize(picture.keys, dim=-1)
-            goes = (unit[rest] @ unit[targets].T).argmax(1)
+            goes = torch.searchsorted(targets, self.owners(picture, chosen)[rest])
             share = nn.functional.one_hot(goes, len(targets)).float()  # [rest, contextual]
             added = share.T @ tokens[rest] / share.sum(0).clamp_min(1)[:, None]
             tokens = tokens.index_add(0, targets, added)

@@ -93,13 +93,17 @@ class VScan(Reducer):
         rows = index.view(h, w).split(self.window, 0)
         return [part.flatten() for row in rows for part in row.split(self.window, 1)]
 
+    def owners(self, picture: Picture, chosen: Tensor) -> Tensor:
+        """First the kept token that is most similar; then nobody."""
+        if picture.stage:
+            return super().owners(picture, chosen)
+        unit = nn.functional.normalize(picture.tokens.float(), dim=-1)
+        return chosen[(unit @ unit[chosen].T).argmax(1)].index_copy(0, chosen, chosen)
+
     def merge(self, picture: Picture, chosen: Tensor) -> Tensor | None:
         """The mean of a kept token and those that go to it."""
         if picture.stage:
             return None
-        tokens = picture.tokens.float()
-        unit = nn.functional.normalize(tokens, dim=-1)
-        goes = (unit @ unit[chosen].T).argmax(1)
-        goes[chosen] = torch.arange(len(chosen), device=goes.device)
+        goes = torch.searchsorted(chosen, self.owners(picture, chosen))
         share = nn.functional.one_hot(goes, len(chosen)).float()
-        return share.T @ tokens / share.sum(0)[:, None]
+        return share.T @ picture.tokens.float() / share.sum(0)[:, None]

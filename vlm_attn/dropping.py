@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vlm_attn import host
 from vlm_attn.kernels import Edit, ScoreEdit
 from vlm_attn.layout import ImageSpan
-from vlm_attn.reduction import KeptImage, Picture, Reducer
+from vlm_attn.reduction import MERGED, KeptImage, Picture, Reducer
 from vlm_attn.tower import on_tokens
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ class Kept:
         visible: ``[B, P]`` bool, the prompt's columns that later rows may see.
         columns: ``[B, n]`` the columns that are there at all, ascending; None = all of them (masked, not dropped).
         full: whether nothing that is there has to be hidden.
+        size: ``[B, P]`` how many tokens each column counts for in attention; None = 1.
     """
 
     visible: Tensor
     columns: Tensor | None
     full: bool
+    size: Tensor | None = None
 
     @property
     def dropped(self) -> int:
@@ -65,26 +67,38 @@ class Reduction:
         rows: ``[B, q]`` which rows of the prompt's forward are still there at the layer that runs; None = all.
         length: rows of the prompt's forward.
         visible: ``[B, P]`` columns of the prompt that are kept so far.
+        size: ``[B, P]`` how many tokens each of them counts for; None = 1.
         layers: per layer, what its keys are.
         stages: per image, what each stage left.
+        owners: per image, what stands for each of its tokens; absent = they all stand for themselves.
         carried: hidden states, ``rows`` and ``visible`` of before the layers that visual tokens bypass; None outside these.
     """
 
     drop: bool
     length: int
     visible: Tensor
+    size: Tensor | None = None
     rows: Tensor | None = None
     layers: dict[int, Kept] = field(default_factory=dict)
     stages: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    owners: dict[int, Tensor] = field(default_factory=dict)
     masks: list[tuple[Any, Kept, Any]] = field(default_factory=list)
     carried: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     def report(self, images: Sequence[ImageSpan]) -> tuple[KeptImage, ...]:
         """What is left of every image."""
-        return tuple(
-            KeptImage(n, i.row, i.grid, i.first, i.stop - i.start, tuple(self.stages.get(n, ())))
-            for n, i in enumerate(images)
-        )
+        kept = []
+        for n, image in enumerate(images):
+            total = image.stop - image.start
+            owner = self.owners[n].cpu() if n in self.owners else torch.arange(total)
+            kept.append(KeptImage(n, image.row, image.grid, image.first, total, tuple(self.stages.get(n, ())), owner))
+        return tuple(kept)
+
+    def hand_over(self, number: int, total: int, places: Tensor, owners: Tensor) -> None:
+        """Note what stands for the tokens of an image: ``owners [n]`` of those at ``places [n]`` that were still there."""
+        now = torch.arange(-1, total, device=places.device)  # place -1 is nobody's
+        now[places + 1] = torch.where(owners < 0, -1, places[owners])
+        self.owners[number] = now[self.owners.get(number, now.new_tensor(range(total))) + 1]
 
     def edits(self, layer: int, edits: list[Edit | ScoreEdit]) -> list[Edit | ScoreEdit]:
         """Edits of a layer over the keys that are there."""
@@ -180,22 +194,25 @@ def _layer_keys(call: Call, state: Reduction, layer: int) -> Kept:
     below = state.layers.get(layer - 1)
     earlier = call.earlier.reduction if call.first and call.earlier is not None else None
     held = earlier.layers.get(layer) if earlier is not None else None
-    visible = state.visible
+    visible, size = state.visible, state.size
     if held is not None:
         seen = min(held.visible.shape[1], call.first)
         visible = visible.clone()
         visible[:, :seen] = held.visible[:, :seen]
-    if below is not None and visible is below.visible:
+        if held.size is not None:
+            size = torch.ones_like(visible, dtype=held.size.dtype) if size is None else size.clone()
+            size[:, :seen] = held.size[:, :seen]
+    if below is not None and visible is below.visible and size is below.size:
         return below
     if not state.drop:
-        return Kept(visible, None, bool(visible.all()))
+        return Kept(visible, None, bool(visible.all()), size)
     past = held.keys(call.first) if held is not None else torch.arange(call.first, device=visible.device)
     past = past.expand(len(visible), -1) if past.ndim == 1 else past
     length = call.prompt.length - call.first
     new = torch.arange(length, device=visible.device).expand(len(visible), -1) if state.rows is None else state.rows
     new = new[:, : (new[0] < length).sum()]  # guesses of assisted decoding stand behind the prompt, and stay
     columns = torch.cat([past, new + call.first], 1)
-    return Kept(visible, columns, bool(visible.gather(1, columns).all()))
+    return Kept(visible, columns, bool(visible.gather(1, columns).all()), size)
 
 
 def _reduce(
@@ -253,6 +270,7 @@ def _choose(
         index = _place(state, row, columns - call.first)
         places = columns - image.start
         seen = [on_tokens(engine.model_config, image, *call.vision(number, layer)) for layer in method.cls_layers]
+        patches = on_tokens(engine.model_config, image, *call.vision(number, MERGED)) if method.merges else None
         text = call.prompt.text_after_image[image.row].nonzero().flatten()
         picture = Picture(
             tokens=hidden[row, index],
@@ -269,6 +287,8 @@ def _choose(
             cls=seen[0][0][places] if seen else None,
             keys=seen[0][1][places] if seen else None,
             local=seen[1][0][places] if len(seen) > 1 else None,
+            patch=None if patches is None else patches[0][places].long(),
+            into=None if patches is None else patches[1][places, 0].long(),
         )
         if method.timed:
             call.pictures[number] = (method, picture)
@@ -278,14 +298,33 @@ def _choose(
         if len(chosen) == len(columns):
             continue
         merged = method.merge(picture, chosen)
+        owners = method.owners(picture, chosen)
+        changed = chosen
+        if method.compensate:
+            changed, merged, owners = _summed_up(state, slice(row, row + times), columns, picture.tokens, owners)
+            chosen = torch.cat([chosen, changed]).sort().values
         if merged is not None:
             hidden = hidden.clone()
-            hidden[row : row + times, index[chosen]] = merged.to(hidden.dtype)
+            hidden[row : row + times, index[changed]] = merged.to(hidden.dtype)
         gone = torch.ones_like(columns, dtype=torch.bool)
         gone[chosen] = False
         state.visible[row : row + times, columns[gone]] = False
         state.stages.setdefault(number, []).append((method.stages[stage], places[chosen].cpu()))
+        state.hand_over(number, picture.total, places, owners)
     return hidden
+
+
+def _summed_up(
+    state: Reduction, rows: slice, columns: Tensor, tokens: Tensor, owners: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes of an image as one token that counts for all of it: ``[1]`` where it stands, ``[1, D]``, and the owners."""
+    state.size = torch.ones(state.visible.shape, device=columns.device) if state.size is None else state.size.clone()
+    gone = (owners < 0).nonzero().flatten()
+    size = state.size[rows.start, columns[gone]]
+    mean = (size[:, None] * tokens[gone].float()).sum(0) / size.sum()
+    seat = gone[len(gone) // 2]
+    state.size[rows, columns[seat]] = size.sum()
+    return seat[None], mean[None], torch.where(owners < 0, seat, owners)
 
 
 def thin(call: Call, cache: Any) -> bool:
@@ -307,24 +346,27 @@ def thin(call: Call, cache: Any) -> bool:
         count = min(method.left_at(0, picture.total, call.progress), len(picture.places))
         if count == len(picture.places):
             continue
-        chosen = picture.places[method.choose(replace(picture, count=count))]
+        picked = method.choose(replace(picture, count=count))
+        chosen = picture.places[picked]
         gone = torch.ones(picture.total, dtype=torch.bool, device=visible.device)
         gone[chosen] = False
         visible[image.row, image.start : image.stop] &= ~gone
         state.stages.setdefault(number, []).append((0, chosen.cpu()))
+        state.hand_over(number, picture.total, picture.places, method.owners(picture, picked))
     if visible.equal(state.layers[0].visible):
         return False
     made: dict[int, Kept] = {}  # layers whose keys are alike share what describes them, and their masks
     for layer, kept in state.layers.items():
         here = kept.visible & visible
         if kept.columns is None:
-            state.layers[layer] = made.setdefault(id(kept), Kept(here, None, False))
+            state.layers[layer] = made.setdefault(id(kept), Kept(here, None, False, kept.size))
             continue
         seen = here.gather(1, kept.columns)
         index = (~seen).int().argsort(dim=1, stable=True)[:, : int(seen.sum(1).max())].sort(1).values
         columns = kept.columns.gather(1, index)
         host.keep_columns(cache, layer, index, kept.columns.shape[1])
-        state.layers[layer] = made.setdefault(id(kept), Kept(here, columns, bool(here.gather(1, columns).all())))
+        full = bool(here.gather(1, columns).all())
+        state.layers[layer] = made.setdefault(id(kept), Kept(here, columns, full, kept.size))
     state.masks.clear()
     call.edits.clear()
     return True
@@ -380,10 +422,11 @@ def _row_columns(call: Call, state: Reduction, hidden: Tensor) -> Tensor:
 def _short_mask(
     engine: Engine, call: Call, state: Reduction, kept: Kept, layer: int, mask: Any, hidden: Tensor, cache: Any
 ) -> Any:
-    if kept.full and not kept.dropped and (call.mode != "prompt" or state.rows is None):
+    plain = kept.full and kept.size is None
+    if plain and not kept.dropped and (call.mode != "prompt" or state.rows is None):
         return mask
     alone = len(call.methods) == sum(isinstance(m, Reducer) for m in call.methods)
-    if mask is None and kept.full and (call.mode == "prompt" or alone or hidden.shape[1] == 1):
+    if mask is None and plain and (call.mode == "prompt" or alone or hidden.shape[1] == 1):
         return None  # "causal", which leaving columns out does not change
     total = mask.shape[-1] if call.canvas else int(call.past) + call.length  # later canvas columns are keys as well
     keys = kept.keys(total)
@@ -391,18 +434,18 @@ def _short_mask(
     rows = _row_columns(call, state, hidden)
     if mask is None:
         made = (keys[:, None, :] <= rows[..., None])[:, None] & shown[:, None, None]
-        return host.mask_like(made, engine.base, hidden)
+        return _weighed(kept, keys, host.mask_like(made, engine.base, hidden), hidden)
     mask = mask.expand(len(keys), -1, -1, -1)
     if call.mode == "prompt" and state.rows is not None:
         mask = mask.gather(2, state.rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
     mask = mask.gather(3, keys[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1))
-    return mask if kept.full else host.hide(mask, shown[:, None, None])
+    return _weighed(kept, keys, mask if kept.full else host.hide(mask, shown[:, None, None]), hidden)
 
 
 def _hiding_mask(
     engine: Engine, call: Call, state: Reduction, kept: Kept, layer: int, mask: Any, hidden: Tensor, cache: Any
 ) -> Any:
-    if kept.full:
+    if kept.full and kept.size is None:
         return mask
     rows = _row_columns(call, state, hidden)
     length, offset = (rows.shape[1], 0) if cache is None else cache.get_mask_sizes(hidden.shape[1], layer)
@@ -413,8 +456,19 @@ def _hiding_mask(
     # A row that nobody sees any more still runs: it must see something, or it turns into NaN.
     shown = shown[:, None, None] | (keys == rows[..., None])[:, None]
     if mask is None:
-        return host.mask_like(shown & (keys <= rows[..., None])[:, None], engine.base, hidden)
-    return host.hide(mask, shown)
+        made = host.mask_like(shown & (keys <= rows[..., None])[:, None], engine.base, hidden)
+    else:
+        made = host.hide(mask, shown)
+    return _weighed(kept, keys.expand(len(shown), -1), made, hidden)
+
+
+def _weighed(kept: Kept, keys: Tensor, mask: Tensor, like: Tensor) -> Tensor:
+    """A mask over keys at the columns ``[B, S]`` with ``log n`` added for those that count for n."""
+    if kept.size is None:
+        return mask
+    last = kept.visible.shape[1] - 1
+    bias = kept.size.log().gather(1, keys.clamp(max=last)).masked_fill(keys > last, 0.0)
+    return host.biased(mask, bias[:, None, None].to(like.dtype))
 
 
 def _look_ahead(

@@ -88,6 +88,7 @@ class Family:
         cls: attention modules of a vision tower whose CLS token stands first.
         tiles: how many pictures the tower sees of an image of so many tokens and of that size.
         place: numbers ``[tiles, patches, d]`` of an image's patches as numbers ``[tokens, d]`` of its tokens.
+        whole_patches: whether every token is one patch of the tower, so that patches can be merged inside it.
         counted_positions: its text model counts positions in the 2-D padding mask, so no other mask can stand in its place.
     """
 
@@ -98,6 +99,7 @@ class Family:
     cls: Callable[[Any], Sequence[Any]] | None = None
     tiles: Callable[[Any, int, Size | None], int] = _one
     place: Callable[[Any, Tensor, Size | None], Tensor] = _as_they_are
+    whole_patches: bool = False
     counted_positions: bool = False
 
 
@@ -105,7 +107,8 @@ def _clip_tokens(config: Any, inputs: Mapping[str, Any]) -> int | None:
     if inputs.get("image_sizes") is not None:
         return None
     side = config.vision_config.image_size // config.vision_config.patch_size
-    return side * side + (getattr(config, "vision_feature_select_strategy", "default") != "default")
+    whole = getattr(config, "vision_feature_select_strategy", "default") != "default"
+    return side * side + (whole and config.vision_config.model_type == "clip_vision_model")
 
 
 def _clip_attention(model: Any) -> list[Any]:
@@ -152,13 +155,24 @@ def _anyres(config: Any, values: Tensor, size: Size | None) -> Tensor:
 
 # Model type -> facts. Adding a family is one row.
 FAMILIES: dict[str, Family] = {
-    "llava": Family(grid=_llava, tokens_per_image=_clip_tokens, reducible=True, cls=_clip_attention),
-    "llava_next": Family(grid=_overview_first, reducible=True, cls=_clip_attention, tiles=_anyres_tiles, place=_anyres),
+    "llava": Family(
+        grid=_llava, tokens_per_image=_clip_tokens, reducible=True, cls=_clip_attention, whole_patches=True
+    ),
+    "llava_next": Family(
+        grid=_overview_first,
+        reducible=True,
+        cls=_clip_attention,
+        tiles=_anyres_tiles,
+        place=_anyres,
+        whole_patches=True,
+    ),
     "qwen2_vl": Family(grid=_thw, reducible=True),
     "qwen2_5_vl": Family(grid=_thw, reducible=True),
     "internvl": Family(grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled),
     "gemma3": Family(grid=_square, reducible=True),
-    "paligemma": Family(grid=_square, tokens_per_image=_clip_tokens, prefix_lm=True, reducible=True),
+    "paligemma": Family(
+        grid=_square, tokens_per_image=_clip_tokens, prefix_lm=True, reducible=True, whole_patches=True
+    ),
     "blip-2": Family(counted_positions=True),
     "instructblip": Family(counted_positions=True),
 }
@@ -244,6 +258,42 @@ def cls_attention_module(model: Any, config: Any, layer: int, method: str) -> An
         return modules[layer * len(modules) // 24]
     # hidden_states[0] is the embedding, so -1 is the last layer's output and 1 the first's
     return modules[projected if projected < 0 else projected - 1]
+
+
+def merging_tower(model: Any, config: Any, method: str) -> tuple[Any, list[Any], bool]:
+    """The vision tower, if tokens can be merged inside it.
+
+    Args:
+        model: the model.
+        config: its config.
+        method: who asks, for the message.
+
+    Returns:
+        The tower, its layers up to the one whose output is projected, and whether a CLS token stands first.
+
+    Raises:
+        NotImplementedError: its layers are not of CLIP's shape, or its patches are not the image's tokens; attention that takes
+            no bias.
+    """
+    tower: Any = next((m for name, m in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
+    layers = [] if tower is None else [m for m in tower.modules() if hasattr(getattr(m, "self_attn", None), "k_proj")]
+    first = (
+        any(name.endswith("class_embedding") for name, _ in tower.named_parameters()) if tower is not None else False
+    )
+    projected = getattr(config, "vision_feature_layer", -1)
+    layers = (
+        layers[: projected if projected >= 0 else len(layers) + 1 + projected] if isinstance(projected, int) else []
+    )
+    whole = first and getattr(config, "vision_feature_select_strategy", "default") != "default"
+    if not family_of(config).whole_patches or not layers or whole:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.whole_patches)
+        raise NotImplementedError(
+            f"{method} merges tokens inside the vision tower. That of model type {config.model_type!r} is not known to hand on "
+            f"its patches one by one. Known: {known}, with a tower of CLIP or SigLIP of which one layer is projected, without "
+            "its CLS token"
+        )
+    host.check_bias(tower.config, method)
+    return tower, layers, first
 
 
 def split_images(config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[str, Any]) -> tuple[ImageSpan, ...]:

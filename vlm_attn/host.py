@@ -92,6 +92,19 @@ def check_editable(model: Any, text_config: Any) -> str:
     return base
 
 
+def check_bias(vision_config: Any, method: str) -> None:
+    """Refuse a vision tower whose attention takes no additive mask.
+
+    Raises:
+        NotImplementedError: flash and flex implementations.
+    """
+    if vision_config._attn_implementation not in NAMES:
+        raise NotImplementedError(
+            f"{method} weighs keys of the vision tower, which attention implementation {vision_config._attn_implementation!r} "
+            'cannot: load the model with attn_implementation="sdpa" (or "eager") and patch again'
+        )
+
+
 def base_attention(module: nn.Module, base: str) -> Attention:
     """The function an attention module called before it was patched."""
     if base == "eager":
@@ -421,6 +434,11 @@ def hide(mask: Tensor, shown: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & shown
     return mask.masked_fill(~shown, torch.finfo(mask.dtype).min)
+
+
+def biased(mask: Tensor, bias: Tensor) -> Tensor:
+    """A mask of either format as an additive one with a bias on what it shows."""
+    return (mask_like(mask, "eager", bias) if mask.dtype == torch.bool else mask) + bias
 
 
 # Caches whose columns can be written again

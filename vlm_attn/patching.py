@@ -15,11 +15,18 @@ from vlm_attn.attention import TAG, Tag
 from vlm_attn.branch import Decoding
 from vlm_attn.chat import read_template, tokenizer_of
 from vlm_attn.engine import Engine, LayerHook
-from vlm_attn.families import check_maskable, check_reducible, cls_attention_module, family_of, image_token_ids
+from vlm_attn.families import (
+    check_maskable,
+    check_reducible,
+    cls_attention_module,
+    family_of,
+    image_token_ids,
+    merging_tower,
+)
 from vlm_attn.layout import is_span
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.reduction import KeptImage, Reducer
-from vlm_attn.tower import VisionHook
+from vlm_attn.tower import Merger, VisionHook
 
 Model = TypeVar("Model", bound=nn.Module)
 MethodLike = str | Method | Sequence["str | Method"]
@@ -92,6 +99,13 @@ def patch(
     for reducer in reducers:
         check_reducible(top, reducer.name)
     seen = {layer: cls_attention_module(model, top, layer, m.name) for m in methods for layer in m.cls_layers}
+    merging = [m.name for m in reducers if m.merges and not m.neutral]
+    if merging and seen:
+        readers = "+".join(m.name for m in methods if m.cls_layers)
+        raise ValueError(
+            f"{merging[0]} merges the patches that {readers} ranks by the tower's CLS token: choose one of them"
+        )
+    tower = merging_tower(model, top, merging[0]) if merging else None
     if not (query_span is None or callable(query_span) or (is_span(query_span) and 0 <= query_span[0] < query_span[1])):
         raise ValueError(
             f"query_span={query_span!r}: give half-open columns (start, stop) with 0 <= start < stop, or a callable"
@@ -123,6 +137,8 @@ def patch(
         ]
     for layer, module in seen.items():
         engine.handles.append(module.register_forward_pre_hook(VisionHook(engine, layer), with_kwargs=True))
+    if tower is not None:
+        engine.handles += Merger(engine, *tower).handles
     setattr(model, TAG, engine)
     engine.shadowed = {name: model.__dict__[name] for name in ("generate", *_REFUSED_CALLS) if name in model.__dict__}
     if hasattr(type(model), "generate"):

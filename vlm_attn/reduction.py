@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlm_attn.call import Call
 
 Keep = float | int
+MERGED = -2  # in the place of a layer: what was merged inside the vision tower
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Picture:
         cls: ``[n]`` attention the vision tower's CLS token pays, mean of the heads; None if the method asks for none.
         keys: ``[n, d]`` the vision tower's keys, mean of the heads; None like ``cls``.
         local: ``[n]`` like ``cls``, of an early layer of the tower.
+        patch: ``[n]`` number of each token's patch, 0 for one that is none (a newline); None if nothing merges in the tower.
+        into: ``[n]`` number of the patch it was merged into.
     """
 
     tokens: Tensor
@@ -56,6 +59,8 @@ class Picture:
     cls: Tensor | None = None
     keys: Tensor | None = None
     local: Tensor | None = None
+    patch: Tensor | None = None
+    into: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,23 +70,37 @@ class Reducer(Method):
     Class attributes:
         reads_ahead: whether ``read_layers`` are read before they run.
         timed: whether what it keeps hangs on the denoising step (:meth:`left_at`).
+        merges: whether it merges tokens inside the vision tower (:meth:`pairs`).
 
     Attributes:
         keep: share of every image's tokens in (0, 1], or their number. ``1.0`` is neutral.
         mode: ``"drop"`` takes the others out: faster, less memory; where a cache cannot hold fewer columns (static,
             quantised) they are masked instead. ``"mask"`` always hides them.
+        compensate: whether each stage hands what it takes back as one token more: the mean of the n tokens that go, where the
+            middle one of them stood, attended to like n tokens (``log n`` on its logits, as RazorAttention's compensation
+            token, arXiv 2407.15891). Not for methods that sum up what goes in their own way.
     """
 
     edited_rows: ClassVar[Literal["last", "text"]] = "text"  # no row is edited, so the prompt need not be split
     needs_image: ClassVar[bool] = False
     reads_ahead: ClassVar[bool] = False
     timed: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
 
     keep: Keep = 0.5
     mode: Literal["drop", "mask"] = "drop"
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         self.check()
+        if not isinstance(self.compensate, bool):
+            raise TypeError(f"{self.name}: compensate must be True or False, got {self.compensate!r}")
+        own = type(self).merge is not Reducer.merge or type(self).skipped is not Reducer.skipped
+        if self.compensate and (own or self.merges or self.timed):
+            raise ValueError(
+                f"{self.name}: compensate=True would hand back as one token what {self.name} itself merges, puts back or takes "
+                "away later: leave it out, or choose a method that only selects, such as fastv or divprune"
+            )
         if self.mode not in ("drop", "mask"):
             raise ValueError(f'{self.name}: mode={self.mode!r} is neither "drop" nor "mask"')
 
@@ -166,6 +185,22 @@ class Reducer(Method):
         """``[m, D]`` what the chosen tokens become, None = they stay as they are."""
         return None
 
+    def owners(self, picture: Picture, chosen: Tensor) -> Tensor:
+        """``[n]`` which of the picture's tokens stands for each of them from now on; -1 = none does."""
+        return torch.full_like(picture.places, -1).index_copy(0, chosen, chosen)
+
+    def pairs(self, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Inside the vision tower: which tokens go into which behind a layer.
+
+        Args:
+            keys: ``[N, n, d]`` the layer's keys of every picture's tokens, mean of the heads.
+            count: how many tokens go, at most ``n // 2``.
+
+        Returns:
+            ``[N, count]`` those that go, and ``[N, count]`` where they go; no token is in both.
+        """
+        raise NotImplementedError
+
 
 def highest(score: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest values, ascending; of equal ones the earlier."""
@@ -213,6 +248,8 @@ class KeptImage:
         first: index of the first of those among the image's tokens.
         total: number of tokens the image had.
         stages: ``(layer, index)``: before which layer, and which tokens were left then (ascending, on the CPU).
+        owner: ``[total]`` for each of the image's tokens the one that is left and stands for it: itself, the one it was merged
+            into, or -1 where it went without a trace (on the CPU).
     """
 
     image: int
@@ -221,6 +258,7 @@ class KeptImage:
     first: int
     total: int
     stages: tuple[tuple[int, Tensor], ...]
+    owner: Tensor
 
     @property
     def index(self) -> Tensor:
@@ -241,3 +279,12 @@ class KeptImage:
         cells = self.cells[self.cells[:, 0] >= 0]
         mask[cells[:, 0], cells[:, 1]] = True
         return mask
+
+    def covered(self, token: int) -> Tensor:
+        """``[h, w]`` bool: the cells that one of the tokens that are left stands for.
+
+        Args:
+            token: its index among the image's tokens, one of :attr:`index`.
+        """
+        h, w = self.grid
+        return (self.owner[self.first : self.first + h * w] == token).view(h, w)

@@ -38,6 +38,7 @@ METHODS = {
     "pyramid_drop": "vlm_attn.visual_token_ops.pyramid_drop:PyramidDrop",
     "random": "vlm_attn.visual_token_ops.random:Random",
     "sparsevlm": "vlm_attn.visual_token_ops.sparsevlm:SparseVLM",
+    "tome": "vlm_attn.visual_token_ops.tome:ToMe",
     "trim": "vlm_attn.visual_token_ops.trim:Trim",
     "vaf": "vlm_attn.hallucination.vaf:Vaf",
     "var": "vlm_attn.hallucination.var:Var",

@@ -17,7 +17,9 @@ from tests import tiny
 from tests.engine.test_patching import state
 from tests.helpers import ACTIVE, Inputs, alone, close, differ, generate, logits, same, stock
 from vlm_attn import host
+from vlm_attn.engine import CACHE_NOTE
 from vlm_attn.hallucination import Gift, Var
+from vlm_attn.kernels import attention_rows
 from vlm_attn.patching import engine_of
 from vlm_attn.reduction import Reducer
 from vlm_attn.visual_token_ops import (
@@ -30,12 +32,14 @@ from vlm_attn.visual_token_ops import (
     PyramidDrop,
     Random,
     SparseVLM,
+    ToMe,
     VisionZip,
     VScan,
 )
 
 SEED = 1
 CLS = ("llava", "llava_next", "internvl")
+PATCHES = ("llava", "llava_next", "paligemma")
 IMAGES = (1, 2, 3)
 PROMPTS = [[3, "image", 7], [1, "image", 4, "image", 6], [2, "image", 3, "image", 2, "image", 9]]
 REDUCERS: dict[str, Callable[..., Reducer]] = {
@@ -50,6 +54,8 @@ REDUCERS: dict[str, Callable[..., Reducer]] = {
     "holov": lambda **o: HoloV(**{"keep": 0.5, "chunks": 3, **o}),
     "vscan": lambda **o: VScan(**{"keep": 0.3, "first": 2.0, "window": 2, "layer": 2, **o}),
     "vtw": lambda **o: VTW(**{"layer": 2, **o}),
+    "tome": lambda **o: ToMe(**{"keep": 0.5, **o}),
+    "compensated": lambda **o: FastV(**{"layer": 2, "compensate": True, **o}),
 }
 
 
@@ -75,6 +81,8 @@ PAIRS += [
     (family, name) for family in tiny.FAMILIES if family != "llava" for name in ("downsample", "fastv", "sparsevlm")
 ]
 PAIRS += [(family, name) for family in CLS[1:] for name in ("visionzip", "vscan")]
+PAIRS += [(family, "tome") for family in PATCHES[1:]]
+PAIRS += [(family, "compensated") for family in ("qwen2_vl", "gemma3", "paligemma")]
 some = pytest.mark.parametrize(("family", "name"), PAIRS, indirect=True, ids=map("-".join, PAIRS))
 
 
@@ -84,6 +92,8 @@ def reducer(name: str, family: tiny.Built | None = None, **options: Any) -> Redu
     method = REDUCERS[name](**options)
     if method.cls_layers and family is not None and family[0].config.model_type not in CLS:
         pytest.skip("no CLS token to read")
+    if method.merges and family is not None and family[0].config.model_type not in PATCHES:
+        pytest.skip("patches are not tokens")
     return method
 
 
@@ -220,6 +230,111 @@ class TestExact:
         assert [layer.keys.shape[2] for layer in cache.layers] == [22, 22, 16, 16]
         assert cache.get_seq_length() == 22
         assert [cache.get_mask_sizes(1, i) for i in range(4)] == [(23, 0)] * 4
+
+
+class TestCompensation:
+    """What is taken away comes back as one token that counts for all of it."""
+
+    def test_a_key_with_the_bias_is_n_keys(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(1, 2, n, 8, generator=generator) for n in (3, 4, 4))
+        times = torch.tensor([1, 3, 1, 5])
+        many = [x.repeat_interleave(times, 2) for x in (key, value)]
+        shown = torch.ones(3, 4, dtype=torch.bool).tril(1)
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            query, *many, attn_mask=shown.repeat_interleave(times, 1)
+        )
+        mask = host.biased(shown[None, None], times.log())
+        close(torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask), wanted)
+        close(attention_rows(query, key, mask=mask, scale=8**-0.5) @ value, wanted)
+
+    def test_oracle(self, family: tiny.Built) -> None:
+        """A stock model in which hooks of this test's own put the mean in, hide what went and add the bias."""
+        model, inputs = family
+        x = inputs([PROMPTS[1], PROMPTS[2]], seed=SEED)
+        with vlm_attn.patched(model, FastV(layer=2, keep=0.3, compensate=True)):
+            got = logits(model, x)
+            kept = vlm_attn.kept(model)
+        length = x["input_ids"].shape[1]
+        gone = torch.zeros_like(x["input_ids"], dtype=torch.bool)
+        size, number, sums = torch.ones_like(gone, dtype=torch.float32), 0, []
+        for row in range(2):
+            columns = (x["input_ids"][row] == tiny.IMAGE).nonzero().flatten()
+            for _ in range(IMAGES[row + 1]):
+                image = kept[number]
+                own, columns = columns[: image.total], columns[image.total :]
+                gone[row, own] = True
+                gone[row, own[image.index]] = False
+                counts = image.owner.bincount(minlength=image.total)
+                seat = int(counts.argmax())
+                assert counts.sum() == image.total
+                assert seat in image.index
+                assert len(image.index) == max(1, int(0.3 * image.total + 0.5)) + 1
+                size[row, own[seat]] = counts[seat]
+                sums.append((row, own[seat], own[image.owner == seat]))
+                number += 1
+
+        def blind(module: Any, args: Any, kwargs: Any) -> Any:
+            mask = kwargs["attention_mask"]
+            if mask is None:
+                mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+            mask = mask & (~gone[:, None, None] | torch.eye(length, dtype=torch.bool))
+            bias = size.log()[:, None, None].masked_fill(~mask, -torch.inf)
+            return args, {**kwargs, "attention_mask": bias}
+
+        def put_in(module: Any, args: Any, kwargs: Any) -> Any:
+            hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+            for row, seat, own in sums:
+                hidden[row, seat] = hidden[row, own].mean(0)
+            return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+
+        layers = next(m for n, m in model.named_modules() if n.endswith("language_model")).layers
+        handles = [layers[2].register_forward_pre_hook(put_in, with_kwargs=True)]
+        handles += [part.register_forward_pre_hook(blind, with_kwargs=True) for part in layers[2:]]
+        try:
+            wanted = logits(model, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        there = x["attention_mask"].bool() & ~gone
+        close(got[there], wanted[there])
+
+    @pytest.mark.parametrize("mode", ["drop", "mask"])
+    def test_later_stages_take_it_with_its_size(self, mode: str) -> None:
+        model, inputs = built("llava")
+        x = inputs([[3, "image", 9]], seed=SEED)
+        with (
+            vlm_attn.patched(model, PyramidDrop(layers=(1, 2, 3), keep=1, compensate=True, mode=mode)),
+            torch.no_grad(),
+        ):
+            cache = host.cache_of(model(**x))
+            (image,) = vlm_attn.kept(model)
+        assert [len(index) for _, index in image.stages] == [5, 3, 2]
+        state = getattr(cache, CACHE_NOTE).reduction
+        visual = x["input_ids"] == tiny.IMAGE
+        for layer in (1, 2, 3):
+            kept = state.layers[layer]
+            assert kept.size[visual & kept.visible].sum() == 9
+        assert sorted(image.owner.bincount()[image.index].tolist()) == [1, 8]
+
+    def test_nothing_is_left_of_a_picture_but_its_mean(self) -> None:
+        model, inputs = built("llava")
+        x = inputs([PROMPTS[0]], seed=SEED)
+        with vlm_attn.patched(model, VTW(layer=2, compensate=True)):
+            summed = generate(model, x)
+            assert vlm_attn.kept(model)[0].owner.tolist() == [4] * 9
+        with vlm_attn.patched(model, VTW(layer=2)):
+            differ(generate(model, x)[1], summed[1])
+            assert vlm_attn.kept(model)[0].owner.tolist() == [-1] * 9
+
+    @pytest.mark.parametrize("name", ["downsample", "visionzip", "prumerge", "vscan", "sparsevlm", "tome"])
+    def test_methods_that_sum_up_by_themselves(self, name: str) -> None:
+        with pytest.raises(ValueError, match="compensate=True would hand back"):
+            reducer(name, compensate=True)
+
+    def test_no_truth_value(self) -> None:
+        with pytest.raises(TypeError, match="compensate must be True or False"):
+            Random(compensate=1)  # type: ignore[arg-type]
 
 
 class TestDecoding:
