@@ -12,7 +12,8 @@ is rebuilt from the columns that are kept. Rows that keep fewer tokens than othe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -481,18 +482,49 @@ def _look_ahead(
     hidden: Tensor,
     kwargs: Mapping[str, Any],
 ) -> None:
-    """Read the attention that a layer would pay if nothing were taken away before it."""
+    """Read the attention that a layer would pay if nothing were taken away before it: its keys, and the queries of the rows
+    that are read."""
     state.layers[layer] = state.layers[layer - 1] if layer else _layer_keys(call, state, 0)
     arguments = _gathered(state, dict(kwargs))
     mask = arguments.get("attention_mask")
     arguments["attention_mask"] = _layer_mask(engine, call, state, module, layer, mask, hidden, None)
     arguments = host.with_cache(arguments, None)
+    rows, _ = call.find_rows(method.read_rows(call))
     call.ahead = method
     try:
-        module.self_attn(hidden_states=module.input_layernorm(hidden), **arguments)
+        with _few_rows(module.self_attn, rows):
+            module.self_attn(hidden_states=module.input_layernorm(hidden), **arguments)
     finally:
         call.ahead = None
     del state.layers[layer]
+
+
+@contextmanager
+def _few_rows(attention: nn.Module, rows: Tensor) -> Iterator[None]:
+    """Let an attention module project one row ``[B, 1]`` only, but for its keys: the others get that row's query and value.
+
+    Modules that project everything at once, and several rows, run as they are.
+    """
+    length = 0
+
+    def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal length
+        length = args[0].shape[1]
+        return (args[0].gather(1, rows[..., None].expand(-1, -1, args[0].shape[2])),)
+
+    def repeat(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.expand(-1, length, -1)
+
+    handles = []
+    for name in ("q_proj", "v_proj", "o_proj"):
+        projection = getattr(attention, name, None)
+        if projection is not None and rows.shape[1] == 1:
+            handles += [projection.register_forward_pre_hook(take), projection.register_forward_hook(repeat)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def restore(call: Call, output: Any) -> None:

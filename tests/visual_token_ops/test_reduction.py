@@ -207,6 +207,24 @@ class TestExact:
             close(ahead, behind)
         assert len(found["fastv"]) == sum(IMAGES)
 
+    def test_reading_ahead_projects_keys_only(self) -> None:
+        model, inputs = built("llava")
+        x = inputs([[3, "image", 9]], seed=SEED)
+        attention = model.model.language_model.layers[2].self_attn
+        rows: dict[str, list[int]] = {name: [] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        handles = [
+            getattr(attention, name).register_forward_hook(
+                lambda m, args, out, name=name: rows[name].append(args[0].shape[1]), prepend=True
+            )
+            for name in rows
+        ]
+        with vlm_attn.patched(model, PyramidDrop(layers=(2,), keep=3)):
+            logits(model, x)
+        for handle in handles:
+            handle.remove()
+        assert rows == {"q_proj": [1, 16], "k_proj": [22, 16], "v_proj": [1, 16], "o_proj": [1, 16]}
+        assert not any(m._forward_pre_hooks for m in attention.modules())
+
     @pytest.mark.parametrize("beside", [[], [Gift(**ACTIVE["gift"])]])
     def test_hidden_states_keep_their_length(self, beside: list[Any]) -> None:
         model, inputs = built("llava")
