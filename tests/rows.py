@@ -130,14 +130,15 @@ def kinds(given: list[str], count: int) -> list[str]:
     return [*first[:-1], missing[0]] if missing else first
 
 
-def build(name: str) -> Built:
-    """A tiny model of a family and the function that makes its inputs."""
+def build(name: str, changes: Mapping[str, Any] | None = None) -> Built:
+    """A tiny model of a family, with changes to its config, and the function that makes its inputs."""
     row = ROWS.get(name, Row())
     config_class = CONFIG_MAPPING[name]
     default = config_class()
     flat = not any("text" in part or part in ("encoder", "decoder") for part in default.sub_configs)
     sizes = {**TOP, **TEXT} if flat else {**TOP, "hidden_size": 32, "num_key_value_heads": 2, "vocab_size": VOCAB}
-    config = config_class(**merged(small(default, sizes), copy.deepcopy(row.config)))  # hosts write into the dicts
+    given = merged(copy.deepcopy(row.config), changes or {})  # a copy: hosts write into the dicts
+    config = config_class(**merged(small(default, sizes), given))
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():

@@ -168,6 +168,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2_vl": Family(grid=_thw, reducible=True),
     "qwen2_5_vl": Family(grid=_thw, reducible=True),
+    "qwen3_vl": Family(grid=_thw, reducible=True),
+    "qwen3_vl_moe": Family(grid=_thw, reducible=True),
     "internvl": Family(grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled),
     "gemma3": Family(grid=_square, reducible=True),
     "paligemma": Family(
@@ -219,17 +221,39 @@ def check_maskable(config: Any, methods: Sequence[Any]) -> None:
             )
 
 
-def check_reducible(config: Any, method: str) -> None:
-    """Refuse to take visual tokens from a family whose layers were never tried with fewer.
+def deepstack_layers(config: Any) -> int:
+    """How many of the first decoder layers get features of the vision tower added to their visual rows."""
+    return len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+
+
+def check_reducible(config: Any, reducer: Any) -> None:
+    """Refuse to take visual tokens from a family whose layers were never tried with fewer, or where it needs them all.
+
+    Args:
+        config: the model's config.
+        reducer: a bound :class:`~vlm_attn.reduction.Reducer`.
 
     Raises:
-        NotImplementedError: names the families that are known.
+        NotImplementedError: names the families that are known, or the layers that need every visual row.
     """
+    method = reducer.name
     if not family_of(config).reducible:
         known = ", ".join(name for name, family in FAMILIES.items() if family.reducible)
+        why = "its layers may read the image by place"
+        if hasattr(config, "qformer_config"):
+            why = "its image tokens are a Q-Former's queries, learned ones that stand for no place of the picture"
         raise NotImplementedError(
             f"{method} takes visual tokens out of the sequence. For model type {config.model_type!r} that is not known to be "
-            f"safe: its layers may read the image by place (deepstack features, query tokens). Known: {known}"
+            f"safe: {why}. Known: {known}"
+        )
+    deep = deepstack_layers(config)
+    early = [at for stage, at in enumerate(reducer.stages) if at < deep and reducer.left(stage, 1000) < 1000]
+    early += [layer for layer in reducer.skipped if layer < deep]
+    if early and reducer.mode == "drop" and not reducer.neutral:
+        raise NotImplementedError(
+            f"{method} takes visual tokens away before layer {early[0]}, but {config.model_type} adds features of the vision "
+            f"tower to the visual rows of layers 0..{deep - 1} (deepstack), which must all be there. Take them away from layer "
+            f'{deep} on, or hide them with mode="mask"'
         )
 
 

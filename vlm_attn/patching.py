@@ -97,7 +97,7 @@ def patch(
     check_maskable(top, methods)
     reducers = [m for m in methods if isinstance(m, Reducer)]
     for reducer in reducers:
-        check_reducible(top, reducer.name)
+        check_reducible(top, reducer)
     seen = {layer: cls_attention_module(model, top, layer, m.name) for m in methods for layer in m.cls_layers}
     merging = [m.name for m in reducers if m.merges and not m.neutral]
     if merging and seen:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache
 
 import vlm_attn
-from tests import tiny
+from tests import rows, tiny
 from tests.engine.test_patching import state
 from tests.helpers import ACTIVE, Inputs, alone, close, differ, generate, logits, same, stock
 from vlm_attn import host
@@ -28,6 +30,7 @@ from vlm_attn.visual_token_ops import (
     Downsample,
     FastV,
     HoloV,
+    LayerSkip,
     PruMerge,
     PyramidDrop,
     Random,
@@ -41,6 +44,7 @@ SEED = 1
 CLS = ("llava", "llava_next", "internvl")
 PATCHES = ("llava", "llava_next", "paligemma")
 IMAGES = (1, 2, 3)
+IMAGE_TOKENS = 9  # of the tiny LLaVA
 PROMPTS = [[3, "image", 7], [1, "image", 4, "image", 6], [2, "image", 3, "image", 2, "image", 9]]
 REDUCERS: dict[str, Callable[..., Reducer]] = {
     "random": Random,
@@ -62,6 +66,11 @@ REDUCERS: dict[str, Callable[..., Reducer]] = {
 @cache
 def built(name: str) -> tiny.Built:
     return tiny.FAMILIES[name]()
+
+
+@cache
+def deepstack() -> tiny.Built:
+    return rows.build("qwen3_vl", {"vision_config": {"deepstack_visual_indexes": [0, 1]}})
 
 
 @pytest.fixture(params=tiny.FAMILIES)
@@ -563,6 +572,76 @@ class TestBesideOthers:
         same(*found)
 
 
+class Maps(TorchDispatchMode):
+    """Counts the attention maps that are made: numbers for every row and every key, head by head."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, self.found = heads, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for part in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(part, Tensor) and part.is_floating_point() and part.ndim >= 3:
+                rows, keys = part.shape[-2:]
+                heads = part.numel() // (rows * keys)
+                self.found += (
+                    heads >= self.heads and rows >= 2 * IMAGE_TOKENS and keys >= rows and "empty" not in str(func)
+                )
+        return out
+
+
+class TestNoMaps:
+    def test_eager_attention_makes_one_per_layer(self) -> None:
+        """The counter counts."""
+        model = copy.deepcopy(built("llava")[0])
+        model.set_attn_implementation({"text_config": "eager"})
+        with Maps(4) as maps:
+            logits(model, built("llava")[1](PROMPTS[2:]))
+        assert maps.found >= 4
+
+    def test_scores_cost_rows_not_maps(self, name: str) -> None:
+        """No reducer makes one, and the fused attention stays on: once per layer, in the tower as well."""
+        model, inputs = built("llava")
+        x = inputs(PROMPTS[2:], seed=SEED)
+        fused: list[int] = []
+        attend = torch.nn.functional.scaled_dot_product_attention
+
+        def counted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            fused.append(query.shape[2])
+            return attend(query, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch, vlm_attn.patched(model, reducer(name)), Maps(4) as maps:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+            logits(model, x)
+        assert maps.found == 0
+        assert len(fused) == 2 + 4
+
+
+class TestDeepstack:
+    """Qwen3-VL adds features of the tower to the visual rows of its first layers: behind those tokens may go."""
+
+    @pytest.mark.parametrize("method", [FastV(layer=2, keep=3), PyramidDrop(layers=(2, 3), keep=0.4), VTW(layer=3)])
+    def test_dropping_is_masking(self, method: Reducer) -> None:
+        family = deepstack()
+        x = family[1](PROMPTS, seed=SEED)
+        plain = generate(family[0], x)
+        found = [run(family, replace(method, mode=mode), x) for mode in ("drop", "mask")]
+        same(*found)
+        differ(found[0][1], plain[1])
+        same(run(family, method, x, use_cache=False), found[0])
+        mixed = [Gift(**{**ACTIVE["gift"], "heads": 1.0})]
+        same(run(family, [method, *mixed], x), run(family, [replace(method, mode="mask"), *mixed], x))
+
+    def test_masking_from_the_first_layer(self) -> None:
+        """Whoever comes later does not see them; the layers add to all rows as ever."""
+        family = deepstack()
+        x = family[1](PROMPTS[:1], seed=SEED)
+        masked = run(family, Random(keep=3, mode="mask"), x)
+        same(run(family, Random(keep=3, mode="mask"), x, use_cache=False), masked)
+        differ(masked[1], generate(family[0], x)[1])
+
+
 class TestKept:
     def test_cells(self) -> None:
         model, inputs = built("qwen2_vl")
@@ -652,7 +731,18 @@ class TestWrongInput:
             run(family, reducer(name, keep=10), family[1]([PROMPTS[0]]))
         assert engine_is_idle(family[0])
 
-    @pytest.mark.parametrize("method", [FastV(layer=4), VTW(layer=9)])
+    @pytest.mark.parametrize(
+        "method",
+        [
+            FastV(layer=4),
+            VTW(layer=9),
+            PyramidDrop(layers=(1, 4)),
+            SparseVLM(layers=(3,)),
+            VScan(layer=4),
+            LayerSkip(layers=(4,)),
+        ],
+        ids=lambda method: method.name,
+    )
     def test_layer_beyond_the_model(self, method: Reducer) -> None:
         model, _ = built("llava")
         with pytest.raises(ValueError, match=r"layer .* allowed are 0\.\.3"):
@@ -671,6 +761,26 @@ class TestWrongInput:
         with pytest.raises(NotImplementedError, match=r"'llava'.*Known: llava_next"):
             vlm_attn.patch(model, Random())
         assert not vlm_attn.is_patched(model)
+
+    @pytest.mark.parametrize("family", ["blip-2", "instructblip"])
+    def test_query_tokens(self, family: str) -> None:
+        model, _ = rows.build(family)
+        with pytest.raises(NotImplementedError, match=rf"'{family}'.*Q-Former.*Known: llava"):
+            vlm_attn.patch(model, Random())
+        assert not vlm_attn.is_patched(model)
+
+    @pytest.mark.parametrize(("name", "layer"), [("random", 0), ("sparsevlm", 1), ("vtw", 1), ("layer_skip", 1)])
+    def test_deepstack_is_cut_through(self, name: str, layer: int) -> None:
+        model, _ = deepstack()
+        settings = {"sparsevlm": {"layers": (0, 2)}, "vtw": {"layer": 1}, "layer_skip": {"layers": (1, 3)}}.get(
+            name, {}
+        )
+        with pytest.raises(
+            NotImplementedError, match=rf"{name} .*layer {layer}, .*layers 0\.\.1 \(deepstack\).*layer 2 on"
+        ):
+            vlm_attn.patch(model, name, **settings)
+        assert not vlm_attn.is_patched(model)
+        vlm_attn.unpatch(vlm_attn.patch(model, name, mode="mask", **settings))
 
     def test_no_image_is_a_no_op(self) -> None:
         model, inputs = built("llava")
