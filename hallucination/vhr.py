@@ -16,6 +16,7 @@ from torch import Tensor
 from vlm_attn.branch import Run, look
 from vlm_attn.call import Call
 from vlm_attn.families import image_marker_ids
+from vlm_attn.kernels import Group
 from vlm_attn.method import Method, ModelFacts, check_layers, check_range, layer_tuple
 from vlm_attn.patching import engine_of, patched
 
@@ -37,7 +38,9 @@ class Vhr(Method):
     Before the prompt runs, it runs once beside itself without the image's tokens and markers, two rows per prompt. Layer by
     layer in that pass, with the layers below already reinforced in both rows, the heads are chosen from the last row
     (algorithm 1). All rows are reinforced, the prompt's too, so that keys and values fit each other; the paper asks for
-    consistency and does not say which rows. A later turn keeps the heads of the first. Cost: one prompt of two rows.
+    consistency and does not say which rows. A later turn keeps the heads of the first. On a canvas
+    (``vlm_attn.diffusion``) the pass sees the prompt as the denoising steps do, and the heads stay for all steps. Cost: one
+    prompt of two rows.
     """
 
     name: ClassVar[str] = "vhr"
@@ -209,7 +212,9 @@ def forward_twice(run: Run, visual: Tensor, tap: Any) -> None:
         more = there.reshape(*there.shape, *[1] * (value.ndim - 2))
         index = order.reshape(more.shape).expand_as(value)
         twice[name] = torch.cat([value, torch.where(more, value.gather(1, index), pad.get(name, value.new_zeros(())))])
-    look(run, twice, tap)
+    group = run.call.prompt.group
+    both = torch.cat([group, group.gather(1, order).masked_fill(~there, int(Group.PAD))])
+    look(run, twice, tap, group=both)
 
 
 __all__ = ["Vhr", "head_divergence", "outliers", "token_divergence", "token_score", "upper_half"]

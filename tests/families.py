@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAPPING
 
 import vlm_attn
-from tests import helpers, rows
+from tests import canvas, helpers, rows
 from tests.helpers import ACTIVE, MARGIN, Inputs, alone, close, differ, margins, same
+from vlm_attn import host
 from vlm_attn.patching import engine_of, find_decoder
 
 METHODS = ("gift", "var", "vision_block")
@@ -105,7 +106,8 @@ def run(name: str) -> Result:
             result.refused[method] = str(error)
             continue
         try:
-            conform(model, make, images, method, parameters, neutral, result)
+            try_all = conform if getattr(model.config, "canvas_length", None) is None else conform_canvas
+            try_all(model, make, images, method, parameters, neutral, result)
             result.works.append(method)
         except Exception as error:
             result.failed[method] = f"{type(error).__name__}: {error}"
@@ -167,6 +169,34 @@ def conform(
     result.stock += [] if batched else ["a padded batch and its rows alone differ"]
     assert torch.equal(logits(model, x), plain), "unpatch does not restore the logits"
     assert model.config is config, "unpatch does not restore the config"
+
+
+def conform_canvas(
+    model: Any,
+    make: Callable[..., Inputs],
+    images: tuple[int, ...],
+    method: str,
+    parameters: dict[str, Any],
+    neutral: dict[str, Any] | None,
+    result: Result,
+) -> None:
+    """The same of a model that denoises a canvas: a step behind the prompt, a step on its cache, and ``generate``."""
+    x, config = make(seed=1), model.config
+    plain, run = canvas.logits(model, x), canvas.denoise(model, x)
+    if neutral is not None:
+        with vlm_attn.patched(model, method, **neutral):
+            assert torch.equal(canvas.logits(model, x), plain), "neutral changes the logits"
+            assert torch.equal(canvas.denoise(model, x)[1], run[1]), "neutral changes generate()"
+    with vlm_attn.patched(model, method, **parameters):
+        first = canvas.step(model, x, x["attention_mask"])
+        differ(first.logits, plain)
+        differ(canvas.denoise(model, x)[1][0], run[1][0])
+        close(canvas.step(model, {host.CACHE: first[host.CACHE]}, x["attention_mask"]).logits, first.logits)
+        for row in range(len(images)):
+            close(canvas.logits(model, alone(x, row, images)), first.logits[row : row + 1])
+    assert torch.equal(canvas.logits(model, x), plain), "unpatch does not restore the logits"
+    assert model.config is config, "unpatch does not restore the config"
+    result.notes.append("a canvas is denoised beside the prompt's cache: all its rows are edited at every step")
 
 
 def holds(check: Callable[[], None]) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import vlm_attn
+from vlm_attn.call import Call
 from vlm_attn.families import family_of
 from vlm_attn.hallucination import gift as gift_file
 from vlm_attn.hallucination import vhr as vhr_file
 from vlm_attn.hallucination.var import Var
-from vlm_attn.kernels import ScoreEdit
+from vlm_attn.kernels import Edit, ScoreEdit
+from vlm_attn.kernels.edited import one_hot_segments
+from vlm_attn.method import Method
 from vlm_attn.registry import method_class
 
 Inputs = dict[str, Any]
@@ -179,6 +183,21 @@ def margins() -> Iterator[Margins]:
         patch.setattr(Var, "reweigh", recorded_gate)
         patch.setattr(Var, "read_tokens", recorded_sinks)
         yield found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weigh(Method):
+    """Edited rows give the image's keys this weight: with 0 the same as a mask, with 1 nothing, through the edit path."""
+
+    name: ClassVar[str] = "weigh"
+
+    image: float = 0.0
+
+    def edit(self, call: Call, layer: int) -> Edit:
+        return call.once(self, lambda: Edit(one_hot_segments(call.layout.visual.long(), 2), self.weights))
+
+    def weights(self, mass: Tensor) -> Tensor:
+        return torch.tensor([1.0, self.image]).expand(mass.shape)
 
 
 class Force(LogitsProcessor):

@@ -337,6 +337,18 @@ ROWS: dict[str, Row] = {
             },
         },
     ),
+    "diffusion_gemma": Row(
+        4,
+        {"pixel_values": (16, 48), "image_position_ids": POSITIONS},
+        {
+            "canvas_length": 6,
+            "text_config": {
+                **{"per_layer_config": {}, "global_head_dim": 8, "top_k_experts": 2, "moe_intermediate_size": 16},
+                "num_experts": 4,
+            },
+            "vision_config": {"position_embedding_size": 16, "pooling_kernel_size": 2, **VISION},
+        },
+    ),
     "mllama": Row(
         [IMAGE],
         {"pixel_values": (1, 1, 3, 16, 16), "aspect_ratio_ids": [[1]], "aspect_ratio_mask": [[[1]]]},

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 import vlm_attn
 from tests import tiny
-from tests.helpers import ACTIVE
+from tests.helpers import ACTIVE, Weigh
 from vlm_attn import diffusion
+from vlm_attn.branch import Run
 from vlm_attn.diffusion import sampling
+from vlm_attn.patching import engine_of
 
 MASK = 127
 PROMPTS = [["image", 4], [3, "image", 7]]
@@ -112,6 +114,20 @@ class TestLoop:
         got = diffusion.generate(model, inputs, steps=steps, gen_length=8, block_length=size, attention=attention)
         assert got.tokens.tolist() == plain_loop(model, inputs, steps, 8, size, attention).tolist()
         assert got.forwards == got.steps == steps
+
+    @pytest.mark.parametrize(
+        ("trained", "attention"),
+        [("prefix-lm", "prefix-diffusion"), ("causal", "causal"), ("full", "full"), ("mma", "modality-mutual")],
+    )
+    def test_attention_is_what_it_was_trained_with(self, model, inputs, monkeypatch, trained, attention):
+        monkeypatch.setattr(model.config, "trained_mask", trained, raising=False)
+        got = run(model, inputs, steps=2)
+        same(got, run(model, inputs, steps=2, attention=attention))
+        others = {"full", "prefix-diffusion", "causal", "modality-mutual"} - {attention}
+        for other in others:
+            assert not torch.allclose(
+                got[1], run(model, inputs, steps=2, attention=other)[1], rtol=1e-3, equal_nan=True
+            )
 
     def test_shifted_logits(self, model, inputs):
         got = diffusion.generate(model, inputs, steps=4, gen_length=8, block_length=4, logit_shift=True)
@@ -286,6 +302,8 @@ METHODS = {
     "fastv": {"keep": 3},
     "pyramid_drop": {},
     "pai": {"alpha": 2.0},
+    "vaf": ACTIVE["vaf"],
+    "vhr": ACTIVE["vhr"],
 }
 
 
@@ -299,7 +317,7 @@ class TestMethods:
         same(cached, run(model, inputs, **options))
         assert not torch.allclose(cached[1], plain[1], rtol=1e-3, equal_nan=True)
 
-    @pytest.mark.parametrize("method", ["gift", "divprune"])
+    @pytest.mark.parametrize("method", ["gift", "divprune", "vhr"])
     def test_where_the_prompt_sees_itself(self, model, inputs, method):
         options = {"attention": "prefix-diffusion"}
         vlm_attn.patch(model, method, **METHODS[method])
@@ -313,14 +331,56 @@ class TestMethods:
             answers.append(run(model, inputs, attention=attention))
         same(*answers)
 
-    def test_a_mask_method_is_the_prompts_mask(self, model, inputs):
-        wanted = run(model, inputs, attention="modality-mutual")
-        vlm_attn.patch(model, "mma")
+    @pytest.mark.parametrize(("method", "attention"), [("mma", "modality-mutual"), ("prefix_lm", "prefix-lm")])
+    def test_a_mask_method_is_the_prompts_mask(self, model, inputs, method, attention):
+        wanted, plain = run(model, inputs, attention=attention), run(model, inputs, attention="causal")
+        vlm_attn.patch(model, method)
         same(run(model, inputs, attention="causal"), wanted)
+        same(run(model, inputs, attention="causal", cache="prefix"), wanted)
+        assert not torch.allclose(wanted[1], plain[1], rtol=1e-3, equal_nan=True)
+
+    @pytest.mark.parametrize("cache", ["none", "prefix", "block", "dual"])
+    def test_the_rows_that_are_edited(self, model, inputs, cache):
+        """The prompt's last row and what is still masked; a written position is read like the plain model's."""
+        options = {"attention": "causal", "steps": 4}
+        plain = run(model, inputs, **options)
+        vlm_attn.patch(model, Weigh(image=0.0))
+        edited = run(model, inputs, cache=cache, **options)
+        vlm_attn.unpatch(model)
+        prompt = inputs["input_ids"].shape[1]
+        visual = [(row == tiny.IMAGE).nonzero().flatten() for row in inputs["input_ids"]]
+        for step in range(4):
+            before = edited[2][step - 1].tokens if step else torch.full((2, 8), MASK)
+            rows = torch.cat([torch.arange(prompt).expand(2, -1) == prompt - 1, before == MASK], 1)
+            out = hidden_keys(model, inputs, before, visual, rows)[:, prompt:].double()
+            out[..., MASK] = -torch.inf
+            written = edited[2][step].written
+            wanted = out.softmax(-1).max(-1).values[written]
+            torch.testing.assert_close(edited[1][step][written], wanted, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(edited[1], plain[1], rtol=1e-3, equal_nan=True)
+
+    def test_louder_heads_are_chosen_as_the_steps_see_the_prompt(self, model, inputs):
+        """vhr looks at the prompt through the mask it is denoised with; under the causal one it is the causal model's."""
+        chosen = {}
+        for attention in ("causal", "prefix-diffusion"):
+            with vlm_attn.patched(model, "vhr", **ACTIVE["vhr"]):
+                engine = engine_of(model)
+                for _ in diffusion.stream(model, inputs, steps=1, gen_length=2, attention=attention, cache="prefix"):
+                    chosen[attention] = engine.call.memory(engine.methods[0])["heads"]
+        with vlm_attn.patched(model, "vhr", **ACTIVE["vhr"]):
+            engine = engine_of(model)
+            with engine.running(inputs) as call:
+                engine.rehearse(Run(engine, model, call, inputs))
+                alone = call.memory(engine.methods[0])["heads"]
+        assert all(chosen["causal"][layer].equal(alone[layer]) for layer in alone)
+        assert any(not chosen["prefix-diffusion"][layer].equal(alone[layer]) for layer in alone)
 
 
-def hidden_keys(model, inputs, canvas, columns, rows_from, layers=None):
-    """A whole forward, causal prompt, whose rows from ``rows_from`` on do not see ``columns`` (in some layers)."""
+def hidden_keys(model, inputs, canvas, columns, rows, layers=None):
+    """A whole forward, causal prompt, some of whose rows do not see ``columns`` (in some layers).
+
+    ``rows``: ``[B, L]`` bool, or the first of them.
+    """
     prompt = inputs["input_ids"].shape[1]
     ids = torch.cat([inputs["input_ids"], canvas], 1)
     shown = torch.nn.functional.pad(inputs["attention_mask"], (0, canvas.shape[1]), value=1).bool()
@@ -329,8 +389,9 @@ def hidden_keys(model, inputs, canvas, columns, rows_from, layers=None):
     seen[:prompt] = seen.tril()[:prompt]
     plain = (seen[None, None] & shown[:, None, None]).clone()
     less = plain.clone()
+    blind = rows if isinstance(rows, torch.Tensor) else (torch.arange(length) >= rows).expand(len(ids), -1)
     for row, gone in enumerate(columns):
-        less[row, 0, rows_from:, gone] = False
+        less[row, 0] &= ~(blind[row][:, None] & torch.isin(torch.arange(length), gone))
     eye = torch.eye(length, dtype=torch.bool)
     handles = []
     for index, layer in enumerate(model.model.language_model.layers):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from vlm_attn import presets
+from vlm_attn import host, presets
 from vlm_attn.attention import ROWS_AT_ONCE
 from vlm_attn.branch import Decoding, Run, look
 from vlm_attn.call import Call
@@ -283,7 +283,12 @@ def gaze(model: nn.Module, inputs: Mapping[str, Any], answer: Sequence[int], **o
 
     Raises:
         ValueError: more than one prompt, no answer; whatever :func:`vlm_attn.patch` raises.
+        NotImplementedError: a model that denoises a canvas (DiffusionGemma).
     """
+    if host.canvas_decoder(model) is not None:
+        raise NotImplementedError(
+            f"gaze() follows an answer token by token, and {model.config.model_type} writes all tokens of a canvas at once"
+        )
     if not is_patched(model):
         with patched(model, _Bystander(), **options):
             return gaze(model, inputs, answer)
@@ -355,7 +360,7 @@ def _prompt_read(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Call]:
     try:
         with engine.running(inputs) as call, torch.no_grad():
             engine.rehearse(Run(engine, model, call, inputs))
-            model(**{**inputs, "use_cache": True})
+            host.prompt_reader(model)(**{**inputs, "use_cache": True})
             yield call
     finally:
         engine.force = was

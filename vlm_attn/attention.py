@@ -36,6 +36,7 @@ class Tag:
     engine: Engine
     layer: int
     base: str
+    canvas: bool = False  # a layer of a canvas decoder: no prompt row runs in it
 
 
 def vlm_attention(
@@ -74,6 +75,8 @@ def vlm_attention(
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = tag.engine.call if tag is not None else None
+    if tag is not None and tag.canvas and call is None:
+        return plain()
     if tag is not None and tag.engine.tap is not None:
         return _tapped(tag, tag.engine.tap, plain, query, key, attention_mask, scale, kwargs.get("softcap"))
     if tag is None or call is None or call.mode == "other":
@@ -95,7 +98,7 @@ def vlm_attention(
         if not edits and tag.engine.watch is None:
             return scaled(plain()[0]), None
         mask = attention_mask
-        if mask is None and query.shape[2] > 1:
+        if mask is None and query.shape[2] > 1 and not tag.canvas:
             mask = _causal(call, key, torch.arange(query.shape[2], device=query.device)[None])
         offset = _offset(module, call, key)
 
@@ -105,13 +108,13 @@ def vlm_attention(
         if tag.engine.watch is not None:
             tag.engine.watch(tag.layer, attend, value, offset)
             if not edits:
-                return plain()
+                return scaled(plain()[0]), None
         out = attend(value)
         if call.open is not None:  # of a canvas, what is written already is left alone
             front = query.shape[2] - call.open.shape[1]
             edited = nn.functional.pad(call.open, (front, 0), value=True)[:, None, :, None]
             out = out.where(edited, plain()[0].transpose(1, 2))
-        return out.transpose(1, 2).contiguous(), None
+        return scaled(out.transpose(1, 2).contiguous()), None
 
     out, weights = plain() if call.ahead is None else (query.transpose(1, 2), None)
     for method in tag.engine.readers(tag.layer):

@@ -22,6 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from vlm_attn import host
 from vlm_attn.call import Call
 from vlm_attn.families import image_marker_ids
+from vlm_attn.kernels.masks import Mask, materialise
 from vlm_attn.method import Method, check_range
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ class Run:
         model: the model.
         call: the call, with the prompt's layout.
         options: every argument of ``generate`` by name.
+        mask: who sees whom in the prompt, where it is not the model's own.
     """
 
     engine: Engine
     model: Any
     call: Call
     options: Mapping[str, Any]
+    mask: Mask | None = None
 
     def option(self, name: str) -> Any:
         """A generation option: from the arguments, the ``generation_config`` among them, or the model's own."""
@@ -55,7 +58,7 @@ class Run:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The tensors the model's forward gets, positions left out (they follow from the mask)."""
-        known = signature(type(self.model).forward).parameters
+        known = signature(type(host.prompt_reader(self.model)).forward).parameters
         given = {k: v for k, v in self.options.items() if isinstance(v, Tensor) and k in known and k != "position_ids"}
         if given.get("attention_mask") is None:
             tokens = given.get("input_ids", given.get("inputs_embeds"))
@@ -279,19 +282,25 @@ class Stream:
             return self.model(**given).logits[:, -1].float()
 
 
-def look(run: Run, inputs: Mapping[str, Tensor], tap: Tap | None = None) -> None:
+def look(run: Run, inputs: Mapping[str, Tensor], tap: Tap | None = None, group: Tensor | None = None) -> None:
     """One forward of the plain model over a prompt, for what hooks or a tap see of it.
 
     Args:
         run: the run it is beside.
         inputs: the model's inputs, without positions.
         tap: see :meth:`~vlm_attn.engine.Engine.aside`.
+        group: ``[B, L]`` groups of these inputs; default: those of the run's prompt.
     """
-    given: dict[str, Any] = {**inputs, "position_ids": host.prompt_positions(run.model, inputs), "use_cache": False}
-    if "logits_to_keep" in signature(type(run.model).forward).parameters:
+    reader = host.prompt_reader(run.model)
+    given: dict[str, Any] = {**inputs, "position_ids": host.prompt_positions(reader, inputs), "use_cache": False}
+    if run.mask is not None:
+        group = run.call.prompt.group if group is None else group
+        visible = materialise(run.mask, group) | torch.eye(group.shape[1], dtype=torch.bool, device=group.device)
+        given["attention_mask"] = host.mask_like(visible, run.engine.base, run.model.get_input_embeddings().weight)
+    if "logits_to_keep" in signature(type(reader).forward).parameters:
         given["logits_to_keep"] = 1
     with run.engine.aside(tap=tap), torch.no_grad():
-        run.model(**given)
+        reader(**given)
 
 
 @contextmanager

@@ -56,6 +56,9 @@ class Engine:
         self.model_config = model.config
         self.text_config = text_model.config
         self.text_model = text_model
+        self.canvas = host.canvas_decoder(
+            model
+        )  # reads the prompt's cache beside a canvas, in a model that denoises one
         self.methods = tuple(methods)
         self.processor = processor
         self.template = template
@@ -431,7 +434,9 @@ class Engine:
         call = self.call
         assert call is not None
         keep_cache = kwargs.get("use_cache")
-        if keep_cache is None:
+        if self.canvas is not None:
+            keep_cache = True  # the canvas has nothing else to read
+        elif keep_cache is None:
             keep_cache = getattr(self.text_config, "use_cache", True)
         private = cache is None
         if private:
@@ -517,6 +522,23 @@ class Engine:
         if pending.get("drop_cache"):
             output = host.without_cache(output)
         return output
+
+    def before_canvas(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A denoising step: all its rows are edited, beside the cache of the prompt and of what is written already."""
+        call, given = self.call, {**_named(module, args), **kwargs}
+        if call is None:
+            if self.active:
+                raise RuntimeError(
+                    "the canvas decoder of a patched model was called on its own, so the prompt is unknown: "
+                    "call the model that was given to patch()"
+                )
+            return
+        cache = host.cache_of(given)
+        if not call.done or not self._continues(call, cache):
+            call.mode = "other"
+            return
+        call.mode, call.past = "edited", cache.get_seq_length()
+        call.batch, call.length = given["decoder_input_ids"].shape
 
     def before_layer(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reduce a layer's input for the methods that read it, while the prompt runs."""

@@ -59,6 +59,16 @@ def _thw(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Gri
     return ((t * h, w), 0) if t * h * w == tokens else ((1, tokens), 0)
 
 
+def _positions(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
+    """Gemma 4: ``image_position_ids`` of the patches (x, y; -1 is padding), pooled ``pooling_kernel_size`` each way."""
+    places = inputs.get("image_position_ids")
+    if places is None:
+        return (1, tokens), 0
+    pool = config.vision_config.pooling_kernel_size
+    w, h = (int(size + 1) // pool for size in places[image].amax(0))
+    return ((h, w), 0) if h * w == tokens else ((1, tokens), 0)
+
+
 def _tiles(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
     """InternVL: square tiles; of several, the last is the overview of the whole picture."""
     size, patch = config.vision_config.image_size, config.vision_config.patch_size
@@ -175,6 +185,8 @@ FAMILIES: dict[str, Family] = {
     "paligemma": Family(
         grid=_square, tokens_per_image=_clip_tokens, prefix_lm=True, reducible=True, whole_patches=True
     ),
+    "gemma4": Family(grid=_positions),
+    "diffusion_gemma": Family(grid=_positions),
     "blip-2": Family(counted_positions=True),
     "instructblip": Family(counted_positions=True),
 }

@@ -301,12 +301,33 @@ def prompt_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     """
     holders = [module for module in model.modules() if hasattr(module, "rope_deltas")]
     noted = [module.rope_deltas for module in holders]
+    tokens: Any = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if not hasattr(model, "_prepare_position_ids_for_generation"):  # an encoder: it counts columns, padding too
+        return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
     try:
-        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         return model._prepare_position_ids_for_generation(tokens, dict(inputs))
     finally:
         for module, value in zip(holders, noted, strict=True):
             module.rope_deltas = value
+
+
+# Models that denoise a canvas beside the cache of their prompt (DiffusionGemma)
+
+
+def canvas_decoder(model: Any) -> nn.Module | None:
+    """The part that reads a canvas and the prompt's cache and writes none; None in a model that has no such part."""
+    return _part(model, "decoder", "self_conditioning")
+
+
+def prompt_reader(model: Any) -> Any:
+    """What runs a prompt and nothing else: the model itself, or the encoder beside a :func:`canvas_decoder`."""
+    return model if canvas_decoder(model) is None else _part(model, "encoder", "language_model")
+
+
+def _part(model: Any, name: str, has: str) -> nn.Module | None:
+    if getattr(model.config, "canvas_length", None) is None:
+        return None
+    return next((m for path, m in model.named_modules() if path.split(".")[-1] == name and hasattr(m, has)), None)
 
 
 # Tiles of LLaVA-NeXT

@@ -93,6 +93,13 @@ def patch(
         uncovered=tuple(sorted(set(range(len(layers))) - {index for index, _ in attentions})),
     )
     methods = resolve(method, parameters, top, facts, preset)
+    canvas = host.canvas_decoder(model)
+    contrast = next((m.name for m in methods if isinstance(m, Decoding)), None)
+    if canvas is not None and contrast is not None:
+        raise NotImplementedError(
+            f"{contrast} acts on the next token, and {top.model_type} writes all tokens of a canvas at once: choose a method "
+            "that edits attention, such as gift"
+        )
     check_covered(methods, facts)
     check_maskable(top, methods)
     reducers = [m for m in methods if isinstance(m, Reducer)]
@@ -124,12 +131,16 @@ def patch(
     engine.text_config = text_model.config
     for index, attention in attentions:
         setattr(attention, TAG, Tag(engine, index, base))
+    for index, layer in enumerate(canvas.layers if canvas is not None else ()):  # type: ignore[arg-type,union-attr]
+        setattr(layer.self_attn, TAG, Tag(engine, index, base, canvas=True))
     engine.handles = [
         model.register_forward_pre_hook(engine.before_model, with_kwargs=True),
         model.register_forward_hook(engine.after_model, with_kwargs=True, always_call=True),
         text_model.register_forward_pre_hook(engine.before_text, with_kwargs=True),
         text_model.register_forward_hook(engine.after_text, with_kwargs=True),
     ]
+    if canvas is not None:
+        engine.handles.append(canvas.register_forward_pre_hook(engine.before_canvas, with_kwargs=True))
     if any(m.read_hidden or isinstance(m, Reducer) for m in methods):
         engine.handles += [
             layer.register_forward_pre_hook(LayerHook(engine, index), with_kwargs=True)

@@ -12,7 +12,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,12 +27,16 @@ from rich.table import Table
 
 import vlm_attn
 from vlm_attn import diffusion, registry
-from vlm_attn.evals import prompts, scenes, tasks
+from vlm_attn.evals import chair, pope, prompts, scenes, tasks
 from vlm_attn.evals.bench.flops import denoising_flops
 from vlm_attn.evals.bench.overhead import _summary, build_model
 from vlm_attn.evals.models import load_model
+from vlm_attn.evals.stats import difference
 
 KEEPS, STARTS = (0.5, 0.25, 0.1), (0.25, 0.5, 0.75)
+THRESHOLDS = (0.9, 0.8, 0.7, 0.6)
+IN_BLOCKS, ONE_BY_ONE = ", 4 blocks", "one token a step"
+SHORT = 4  # positions of a yes/no answer
 Variant = tuple[str | None, dict[str, Any], dict[str, Any]]  # method, its parameters, options of generate
 
 
@@ -118,42 +122,102 @@ def speed(
     return {"parameters": sum(p.numel() for p in model.parameters()), "ratios_to_none": found}
 
 
-def quality(names: list[str], *, steps: int, length: int, limit: int, model: str) -> dict[str, Any]:
-    """Scores of the bundled model with every variant; see :func:`denoise` for the parameters."""
+def scored(steps: int, length: int) -> dict[str, Variant]:
+    """What is compared in quality, by name: what :func:`variants` has, and what needs a trained model.
+
+    Args:
+        steps: of a caption.
+        length: positions of a caption.
+    """
+    out = variants("prefix")
+    out["layer_skip, lower half"] = ("layer_skip", {"layers": (0, 1, 2)}, {"cache": "prefix"})
+    for cache in ("none", "block", "dual"):
+        out[f"{cache}{IN_BLOCKS}"] = (None, {}, {"cache": cache, "block_length": length // 4})
+    out[ONE_BY_ONE] = (None, {}, {"cache": "prefix", "steps": length})
+    out |= {f"threshold {t:g}": (None, {}, {"cache": "prefix", "threshold": t}) for t in THRESHOLDS}
+    return out
+
+
+def reference(name: str) -> str:
+    """The variant whose scores a variant's are compared with: what it is a faster form of."""
+    if name.startswith("threshold"):
+        return ONE_BY_ONE
+    return f"none{IN_BLOCKS}" if name.endswith(IN_BLOCKS) else "none"
+
+
+def quality(names: list[str], *, steps: int, length: int, limit: int, pope_limit: int, model: str) -> dict[str, Any]:
+    """Scores of the bundled model with every variant, and how far they are from those of their :func:`reference`.
+
+    Captions fill ``length`` positions in ``steps`` steps; yes/no answers ``SHORT`` positions, one a step, so that every
+    start falls on a step of its own. See :func:`denoise` for the parameters.
+    """
     loaded, processor = load_model(model)
     data = scenes.dataset("validation")
-    chair, pope = tasks.chair_task(data, limit=limit), tasks.pope_task(data, limit=limit)
-    known = {**variants("prefix"), "threshold 0.9": (None, {}, {"cache": "prefix", "threshold": 0.9})}
-    known["one token a step"] = (None, {}, {"cache": "prefix", "steps": length})
+    chair_task, pope_task = tasks.chair_task(data, limit=limit), tasks.pope_task(data, limit=pope_limit)
+    known = scored(steps, length)
+    names = list(dict.fromkeys(["none", *(reference(name) for name in names), *names]))
     found: dict[str, Any] = {}
+    columns: dict[str, tuple[Any, Any]] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        todo = progress.add_task("quality", total=len(names) * (len(chair.samples) + len(pope.samples)))
+        todo = progress.add_task("quality", total=len(names) * (len(chair_task.samples) + len(pope_task.samples)))
         for name in names:
-            variant = known[name]
-            options = {"steps": steps, "gen_length": length, "block_length": length, **variant[2]}
             scores: dict[str, Any] = {}
-            with _applied(loaded, variant):
-                for task in (chair, pope):
-                    records: list[Any] = []
-                    forwards: list[int] = []
-                    tokens: list[int] = []
-                    size = 1 if task is chair else 32  # of a batch, forwards are those of its slowest row
-                    for start in range(0, len(task.samples), size):
-                        batch = task.samples[start : start + size]
-                        images = [data.load_image(sample.image_id) for sample in batch]
-                        inputs = prompts.build_inputs(loaded, processor, images, [sample.prompt for sample in batch])
-                        out = diffusion.generate(loaded, inputs, **options)
-                        forwards.append(out.forwards)
-                        tokens += map(len, out.answers)
-                        texts = processor.batch_decode(out.answers, skip_special_tokens=True)
-                        for sample, answer in zip(batch, texts, strict=True):
-                            record = {**sample.facts, "image_id": sample.image_id, "answer": answer.strip()}
-                            records.append({**record, "score": task.score(sample, answer.strip())})
-                        progress.advance(todo, len(batch))
-                    scores[task.name] = task.summarise(records)
-                    scores[task.name] |= {"forwards": statistics.mean(forwards), "tokens": statistics.mean(tokens)}
-            found[name] = scores
-    return {"model": model, "scenes": limit, "steps": steps, "gen_length": length, "variants": found}
+            kept: dict[str, Any] = {}
+            with _applied(loaded, known[name]):
+                for task, n, positions in ((chair_task, steps, length), (pope_task, SHORT, SHORT)):
+                    options = {"steps": n, "gen_length": positions, "block_length": positions, **known[name][2]}
+                    options |= {k: min(options[k], positions) for k in ("steps", "block_length")}
+                    runs = _answers(loaded, processor, task, options, lambda n: progress.advance(todo, n))
+                    records, work, tokens = (sum(part, []) for part in zip(*runs, strict=True))
+                    operations = [denoising_flops(loaded.config, done, 1) for done in work]
+                    scores[task.name] = task.summarise(records) | {
+                        "forwards": statistics.mean(map(len, work)),
+                        "tokens": statistics.mean(tokens),
+                        "gflops": statistics.mean(operations) / 1e9,
+                    }
+                    kept[task.name] = records
+            columns[name] = (
+                chair.columns_of([record["score"] for record in kept["chair"]]),
+                list(pope.columns_of(pope.by_split(kept["pope"])).values()),
+            )
+            mine, other = columns[name], columns[reference(name)]
+            found[name] = scores | {
+                "flops": scores["chair"]["gflops"] / found.get("none", scores)["chair"]["gflops"],
+                "against": reference(name),
+                "change": {
+                    "chair_i": difference([mine[0]["chair_i"]], [other[0]["chair_i"]], scale=100.0),
+                    "recall": difference([mine[0]["recall"]], [other[0]["recall"]], scale=100.0),
+                    "f1": difference([c["f1"] for c in mine[1]], [c["f1"] for c in other[1]], scale=100.0),
+                },
+            }
+    sizes = {"scenes": limit, "scenes_asked_about": pope_limit, "questions": len(pope_task.samples)}
+    return {"model": model, **sizes, "steps": steps, "gen_length": length, "variants": found}
+
+
+def _answers(
+    model: Any, processor: Any, task: Any, options: dict[str, Any], advance: Callable[[int], None]
+) -> Iterator[tuple[list[Any], list[Any], list[int]]]:
+    """Batch by batch: records, the work of every run, tokens of every answer."""
+    # Of a batch, forwards are those of its slowest row: where they differ, a caption runs alone.
+    alone = task.name == "chair" and ("threshold" in options or options["block_length"] < options["gen_length"])
+    size = 1 if alone else 25
+    for start in range(0, len(task.samples), size):
+        batch = task.samples[start : start + size]
+        images = [task.dataset.load_image(sample.image_id) for sample in batch]
+        inputs = prompts.build_inputs(model, processor, images, [sample.prompt for sample in batch])
+        out = diffusion.generate(model, inputs, **options)
+        texts = processor.batch_decode(out.answers, skip_special_tokens=True)
+        records = [
+            {
+                **sample.facts,
+                "image_id": sample.image_id,
+                "answer": text.strip(),
+                "score": task.score(sample, text.strip()),
+            }
+            for sample, text in zip(batch, texts, strict=True)
+        ]
+        advance(len(batch))
+        yield records, [out.work] * len(batch), [len(answer) for answer in out.answers]
 
 
 def denoise(
@@ -171,7 +235,8 @@ def denoise(
     device: Annotated[str, typer.Option(help="Speed: cpu, cuda, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Speed: float32 or bfloat16.")] = "float32",
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Speed: CPU time of one thread.")] = False,
-    limit: Annotated[int, typer.Option(help="Quality: scenes.", min=1)] = 200,
+    limit: Annotated[int, typer.Option(help="Quality: scenes to describe.", min=1)] = 150,
+    pope_limit: Annotated[int, typer.Option(help="Quality: scenes to ask about.", min=1)] = 75,
     model: Annotated[str, typer.Option(help="Quality: the model.")] = "scenes-diffusion",
     seed: Annotated[int, typer.Option(help="Of inputs and order.")] = 0,
     json_file: Annotated[
@@ -184,11 +249,11 @@ def denoise(
     """
     if part not in ("speed", "quality", "both"):
         raise ValueError(f"--part {part!r}: speed, quality or both")
-    timed = list(variants("none"))
-    scored = [*timed, "one token a step", "threshold 0.9"]
-    wrong = [name for name in variant or [] if name not in scored]
+    steps_of_caption, length_of_caption = 16, 32  # what the bundled model's card uses
+    timed, known = list(variants("none")), list(scored(steps_of_caption, length_of_caption))
+    wrong = [name for name in variant or [] if name not in known]
     if wrong:
-        raise ValueError(f"--variant {wrong[0]!r}: there are {', '.join(scored)}")
+        raise ValueError(f"--variant {wrong[0]!r}: there are {'; '.join(known)}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if cpu_time and device.startswith("cuda"):
         raise ValueError("--cpu-time says nothing about a GPU: leave it out")
@@ -207,8 +272,8 @@ def denoise(
             "transformers": transformers.__version__,
         },
     }
-    console = Console(width=max(Console().width, 120))
-    chosen = variant or scored
+    console = Console(width=max(Console().width, 220))
+    chosen = variant or known
     if part != "quality":
         settings: dict[str, Any] = {
             "layers": layers,
@@ -223,7 +288,8 @@ def denoise(
         result["speed"] = {"config": settings, **speed(names, **settings, now=clock)}
         _print_speed(console, result)
     if part != "speed":
-        result["quality"] = quality(chosen, steps=16, length=32, limit=limit, model=model)
+        sizes = {"steps": steps_of_caption, "length": length_of_caption, "limit": limit, "pope_limit": pope_limit}
+        result["quality"] = quality(chosen, model=model, **sizes)
         _print_quality(console, result["quality"])
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -253,19 +319,26 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
 
 def _print_quality(console: Console, found: dict[str, Any]) -> None:
     console.print(
-        f"{found['model']}, {found['scenes']} validation scenes of the scenes world (not COCO), {found['gen_length']} "
-        f"positions in one block, {found['steps']} steps; percent with 95 % intervals. Forwards: of a caption"
+        f"{found['model']}, validation scenes of the scenes world (not COCO): {found['scenes']} captions of "
+        f"{found['gen_length']} positions in {found['steps']} steps, {found['questions']} yes/no questions about "
+        f"{found['scenes_asked_about']} scenes in {SHORT}; percent with 95 % intervals, +- = paired difference to the "
+        "variant named last. Forwards and FLOPs: of a caption"
     )
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "forwards", "tokens", "CHAIR_I", "recall", "POPE accuracy", "POPE F1"):
+    for column in ("", "forwards", "FLOPs", "CHAIR_I", "+-", "recall", "+-", "POPE F1", "+-", "against"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in found["variants"].items():
-        chair, pope = row["chair"], row["pope"]
-        cells = [f"{chair['forwards']:.1f}", f"{chair['tokens']:.1f}"]
-        named = chair["instances"]
-        values = [named["chair_i"], named["recall"], pope["random"]["accuracy"], pope["random"]["f1"]]
-        cells += [f"{v['value']:.1f} ({v['low']:.1f}-{v['high']:.1f})" for v in values]
-        table.add_row(name, *cells)
+        named, change = row["chair"]["instances"], row["change"]
+        cells = [f"{row['chair']['forwards']:.1f}", f"{row['flops']:.3f}"]
+        for value, moved in (
+            (named["chair_i"], change["chair_i"]),
+            (named["recall"], change["recall"]),
+            (row["pope"]["mean"]["f1"], change["f1"]),
+        ):
+            cells.append(f"{value['value']:.1f} ({value['low']:.1f} to {value['high']:.1f})")
+            same = row["against"] == name
+            cells.append("" if same else f"{moved['value']:+.1f} ({moved['low']:+.1f} to {moved['high']:+.1f})")
+        table.add_row(name, *cells, "" if same else row["against"])
     console.print(table)
 
 

@@ -18,7 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests import rows as families
 from tests import tiny
+from tests.families import MAPPING
 from vlm_attn import attention, host
 
 
@@ -194,6 +196,22 @@ class TestCaches:
             assert kinds[host.layer_of_type(config, kind)] == kind
         assert host.layer_of_type(config, "something") == 0
         assert host.layer_of_type(text_config(tiny.llava()), "full_attention") == 0
+
+
+class TestCanvas:
+    def test_who_reads_the_prompt(self) -> None:
+        """A model is its own reader; DiffusionGemma's canvas decoder stands beside the encoder that writes the cache."""
+        model, _ = tiny.llava()
+        assert host.canvas_decoder(model) is None
+        assert host.prompt_reader(model) is model
+        if "diffusion_gemma" not in MAPPING:
+            pytest.skip("this transformers has no DiffusionGemma")
+        model, _ = families.build("diffusion_gemma")
+        assert host.canvas_decoder(model) is model.model.decoder
+        assert host.prompt_reader(model) is model.model.encoder
+        for part in (model.model.decoder, model.model.encoder.language_model):
+            assert all(hasattr(layer, "self_attn") for layer in part.layers)
+        assert "decoder_input_ids" in inspect.signature(model.model.decoder.forward).parameters
 
 
 class TestArguments:

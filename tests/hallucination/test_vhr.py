@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vlm_attn
 from tests import tiny
-from tests.helpers import ACTIVE, Inputs, close, differ, generate, logits, margins, on, same
+from tests.helpers import ACTIVE, Inputs, Weigh, close, differ, generate, logits, margins, on, same
 from tests.oracle import oracle
 from vlm_attn.hallucination import Vhr
 from vlm_attn.hallucination.vhr import head_divergence, outliers, token_divergence, token_score, upper_half
@@ -176,6 +176,15 @@ def test_with_gift(setting: Any) -> None:
     differ(both[1][0], before)
     with on(model, "gift"):
         differ(both[1][0], logits(model, x)[:, -1])
+
+
+def test_louder_beside_an_edit(setting: Any) -> None:
+    """Rows that are edited are reinforced as well: an edit that changes nothing leaves vhr what it is."""
+    model, x, _ = setting
+    with on(model, "vhr"):
+        alone = generate(model, x)
+    with vlm_attn.patched(model, [Vhr(**ACTIVE["vhr"]), Weigh(image=1.0)]):
+        same(generate(model, x), alone)
 
 
 def test_token_divergence() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn import host
-from vlm_attn.branch import Decoding
+from vlm_attn.branch import Decoding, Run
 from vlm_attn.diffusion import sampling
 from vlm_attn.diffusion.streams import DelayedStream, Stream, Work, image_ids
 from vlm_attn.families import family_of
@@ -265,6 +265,8 @@ def _stream(stack: ExitStack | None, model: Any, inputs: Mapping[str, Any], sett
     )
     mask = engine.mask if engine is not None and engine.mask is not None else masks.named(settings.attention or "full")
     mask = mask | masks.pairs([Group.GENERATED], [Group.GENERATED])
+    if engine is not None and call is not None:
+        engine.rehearse(Run(engine, model, call, inputs, mask))
     made = DelayedStream if settings.cache == "delayed" else Stream
     return made(model, dict(inputs), mask, settings, engine, call)
 
