@@ -36,7 +36,7 @@ class Facts(NamedTuple):
     edits: int = 1
     segments: int = 1
     score: str = ""  # what of the logits a score is added to; several edits: joined by commas
-    lse: bool = False
+    extras: str = ""  # what is wanted beside the output
 
 
 class Backend(NamedTuple):
@@ -151,8 +151,8 @@ def _segmented_refuses(facts: Facts) -> str | None:
 
 
 def _sdpa_refuses(facts: Facts) -> str | None:
-    for name in ("softcap", "score", "lse"):
-        if getattr(facts, name):
+    for name in ("softcap" * facts.softcap, "score" if facts.score else "", facts.extras):
+        if name:
             return f"{name} is asked for, which scaled_dot_product_attention does not have"
     return None
 

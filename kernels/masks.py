@@ -3,7 +3,8 @@
 A mask is an OR of clauses, a clause an AND of tests of the group, column and image of row and key. Because a mask is such a
 value and no closure, the same one fills a matrix here, is compiled into a kernel, and draws itself.
 
-With ``i`` the row's column and ``j`` the key's (a padded key is hidden from every row, whatever the mask):
+With ``i`` the row's column and ``j`` the key's (whatever the mask, a padded key is hidden from every row, and so is a key of
+another document, where several prompts are packed into one row):
 
 ==================================  ==============================================================================
 ``causal``                          ``j <= i``
@@ -44,6 +45,7 @@ class Tokens(NamedTuple):
     column: Tensor
     group: Tensor
     image: Tensor  # index of the image, -1 for text
+    document: Tensor | None = None  # number of the prompt, where several are packed into one row
 
 
 EVERY_PAIR = (1 << GROUPS * GROUPS) - 1
@@ -195,18 +197,48 @@ def extended(group: Tensor, length: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(group[:, :length], (0, max(0, length - group.shape[1])), value=fill)
 
 
-def check_tokens(group: Tensor, image: Tensor | None) -> None:
-    """Raise for groups or image indices that are none.
+def packed(document: Tensor, length: int) -> Tensor:
+    """``[B, length]``: the documents ``[B, P]`` of a row cut, or filled up with the last column's."""
+    document = document[:, :length]
+    return torch.cat([document, document[:, -1:].expand(-1, length - document.shape[1])], 1)
+
+
+def documents(cu_seqlens: Tensor) -> Tensor:
+    """``[1, S]`` int32: number of the prompt every column belongs to, where N prompts of S columns in all are packed into a row.
+
+    Args:
+        cu_seqlens: ``[N + 1]`` integers, column of every prompt's start and then S, as variable-length attention takes them.
+
+    Raises:
+        ValueError: they are no integers that begin with 0 and never fall.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must be [N + 1] integers, got {list(cu_seqlens.shape)} of {cu_seqlens.dtype}")
+    if int(cu_seqlens[0]) or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must begin with 0 and never fall, got {cu_seqlens.tolist()}")
+    numbers = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=cu_seqlens.device)
+    return numbers.repeat_interleave(cu_seqlens.diff())[None]
+
+
+def check_tokens(group: Tensor, image: Tensor | None, document: Tensor | None = None) -> None:
+    """Raise for groups, image indices or documents that are none.
 
     Raises:
         ValueError: a wrong shape or dtype.
     """
     if group.dim() != 2 or group.is_floating_point() or group.dtype == torch.bool:
         raise ValueError(f"group must be [B, S] of integers, got {list(group.shape)} of {group.dtype}")
-    if image is not None and (image.shape != group.shape or image.is_floating_point()):
-        raise ValueError(
-            f"image must be integers of group's shape {list(group.shape)}, got {list(image.shape)} {image.dtype}"
-        )
+    for name, given in (("image", image), ("document", document)):
+        if given is not None and (given.shape != group.shape or given.is_floating_point()):
+            raise ValueError(
+                f"{name} must be integers of group's shape {list(group.shape)}, got {list(given.shape)} {given.dtype}"
+            )
+
+
+def visible(mask: Mask, q: Tokens, k: Tokens) -> Tensor:
+    """What rows see of keys, bool of the shape the two broadcast to: what the mask shows, but no padding and no other document."""
+    seen = mask(q, k) & (k.group != int(Group.PAD))
+    return seen if k.document is None or q.document is None else seen & (q.document == k.document)
 
 
 def materialise(
@@ -214,6 +246,7 @@ def materialise(
     group: Tensor,
     *,
     image: Tensor | None = None,
+    document: Tensor | None = None,
     rows: range | Tensor | None = None,
     length: int | None = None,
 ) -> Tensor:
@@ -223,6 +256,7 @@ def materialise(
         mask: the mask.
         group: ``[B, P]`` integers of :class:`Group`; PAD columns are hidden from every row. Later columns are GENERATED.
         image: ``[B, P]`` integers, the image of every column, -1 for text; default: :func:`image_index`.
+        document: ``[B, P]`` integers, the packed prompt of every column, see :func:`documents`; later columns are the last one's.
         rows: columns whose rows are wanted, a range or ``[Q]`` or ``[B, Q]`` integers; default: all of ``length``.
         length: number of key columns S; default P.
 
@@ -232,9 +266,10 @@ def materialise(
     Raises:
         ValueError: a wrong shape or dtype, or rows outside ``0 .. length - 1``.
     """
-    check_tokens(group, image)
+    check_tokens(group, image, document)
     length = group.shape[1] if length is None else length
     image = extended(image_index(group) if image is None else image, length, -1)
+    document = None if document is None else packed(document, length)
     group = extended(group, length, int(Group.GENERATED))
     device = group.device
     columns = torch.arange(length, device=device)
@@ -242,9 +277,10 @@ def materialise(
     rows = rows.expand(group.shape[0], -1)
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < length:
         raise ValueError(f"rows {int(rows.min())} to {int(rows.max())} lie outside the {length} columns")
-    q = Tokens(rows[:, :, None], group.gather(1, rows)[:, :, None], image.gather(1, rows)[:, :, None])
-    k = Tokens(columns[None, None, :], group[:, None, :], image[:, None, :])
-    return (mask(q, k) & (k.group != int(Group.PAD)))[:, None]
+    tokens = [t for t in (group, image, document) if t is not None]
+    q = Tokens(rows[:, :, None], *(t.gather(1, rows)[:, :, None] for t in tokens))
+    k = Tokens(columns[None, None, :], *(t[:, None, :] for t in tokens))
+    return visible(mask, q, k)[:, None]
 
 
 LETTERS = {

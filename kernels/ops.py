@@ -77,18 +77,28 @@ def masked_attention(
     softcap: float | None,
     score: list[float] | None,
     score_from: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    log_weight: Tensor | None,
+    segments: Tensor | None,
+    summed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``triton_prefill.masked_attention``."""
     from vlm_attn.kernels import triton_prefill
 
-    return triton_prefill.masked_attention(query, key, value, clauses, tokens, first, scale, softcap, score, score_from)
+    return triton_prefill.masked_attention(
+        query, key, value, clauses, tokens, first, scale, softcap, score, score_from, log_weight, segments, summed
+    )
 
 
 @masked_attention.register_fake
-def _(query, key, value, clauses, tokens, first, scale, softcap, score, score_from):  # type: ignore[no-untyped-def]
+def _(query, key, value, clauses, tokens, first, scale, softcap, score, score_from, log_weight, segments, summed):  # type: ignore[no-untyped-def]
     batch, heads, rows, dim = query.shape
+
+    def made(*size):  # type: ignore[no-untyped-def]
+        return torch.empty(batch, heads, *size, dtype=torch.float32, device=query.device)
+
     out = value.new_empty(batch, rows, heads, dim).transpose(1, 2)
-    return out, torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)
+    mass = made(rows, 0 if segments is None else segments.shape[2])
+    return out, made(rows), mass, made(0 if summed is None else key.shape[2])
 
 
 @torch.library.custom_op("vlm_attn::probe", mutates_args=())

@@ -3,11 +3,15 @@
 A mask of ``masks.py`` becomes part of the compiled kernel: its clauses are unrolled into comparisons of columns, groups
 and images, and no matrix of the mask is ever stored. What a tile holds (nothing, something, everything) is found once
 by ``tiles_kernel`` and serves every head of a layer, and every layer when it is passed on; full tiles skip the mask.
+
+Sums of columns need the rows' totals, which are known at the end only: a second kernel goes once more over the tiles that
+hold a row of the sum, without the values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -60,34 +64,71 @@ def visible_pairs(
 
 
 @triton.jit
+def seen_pairs(
+    row, s, inside, valid, group_q, image_q, document_q, group_at, image_at, document_at, first_column,
+    COUNT: tl.constexpr, MASK: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """What rows, whose tokens are loaded, see of the keys ``s``."""
+    group_k = tl.load(group_at + s, mask=valid, other=_PAD).to(tl.int32)
+    image_k = tl.load(image_at + s, mask=valid, other=-1)
+    pairs = inside[:, None] & (group_k != _PAD)[None, :]
+    if DOCUMENTS:
+        pairs = pairs & (document_q[:, None] == tl.load(document_at + s, mask=valid, other=0)[None, :])
+    return visible_pairs(first_column + row, s, group_q, group_k, image_q, image_k, pairs, COUNT, MASK)
+
+
+@triton.jit
 def tiles_kernel(
-    state, group_of_rows, group, image_of_rows, image, rows, length, first, row_tiles, key_tiles,
-    COUNT: tl.constexpr, MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    state, group_of_rows, group, image_of_rows, image, document_of_rows, document,
+    rows, length, first_column, row_tiles, key_tiles,
+    COUNT: tl.constexpr, MASK: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """What one tile holds: 0 no visible pair, 1 some, 2 all."""
     i, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, s = i * BLOCK_R + tl.arange(0, BLOCK_R), j * BLOCK_S + tl.arange(0, BLOCK_S)
     inside, valid = row < rows, s < length
     group_q = tl.load(group_of_rows + b * rows + row, mask=inside, other=_PAD).to(tl.int32)
-    group_k = tl.load(group + b * length + s, mask=valid, other=_PAD).to(tl.int32)
     image_q = tl.load(image_of_rows + b * rows + row, mask=inside, other=-1)
-    image_k = tl.load(image + b * length + s, mask=valid, other=-1)
-    pairs = inside[:, None] & (group_k != _PAD)[None, :]
-    seen = visible_pairs(first + row, s, group_q, group_k, image_q, image_k, pairs, COUNT, MASK)
+    document_q = tl.load(document_of_rows + b * rows + row, mask=inside, other=0) if DOCUMENTS else row
+    seen = seen_pairs(
+        row, s, inside, valid, group_q, image_q, document_q, group + b * length, image + b * length,
+        document + b * length, first_column, COUNT, MASK, DOCUMENTS,
+    )  # fmt: skip
     number = tl.sum(tl.sum(seen.to(tl.int32), 1), 0)
     wanted = BLOCK_S * tl.minimum(BLOCK_R, rows - i * BLOCK_R)
     tl.store(state + (b * row_tiles + i) * key_tiles + j, tl.where(number == wanted, 2, tl.where(number > 0, 1, 0)))
 
 
 @triton.jit
+def tile_logits(
+    q, k, group_at, weight_at, s, valid, scored, scale, cap, visual_abs, visual_factor, system_factor,
+    CAP: tl.constexpr, SCORE: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile in base 2, before the mask."""
+    logits = tl.dot(q, k, input_precision="ieee") * scale
+    if CAP:
+        logits = soft_cap(logits, cap)
+    if SCORE:
+        group_k = tl.load(group_at + s, mask=valid, other=_PAD).to(tl.int32)
+        raised = logits + visual_abs * tl.maximum(logits, -logits)
+        changed = tl.where((group_k == _VISUAL)[None, :], raised * visual_factor, logits)
+        changed = tl.where((group_k == _SYSTEM)[None, :], changed * system_factor, changed)
+        logits = tl.where(scored[:, None], changed, logits)
+    if WEIGHT:
+        logits += tl.load(weight_at + s, mask=valid, other=0.0)[None, :]
+    return logits * LOG2E
+
+
+@triton.jit
 def prefill_kernel(
-    query, key, value, out, lse, order, full, some,
-    group_of_rows, group, image_of_rows, image, score_from,
+    query, key, value, out, lse, mass, order, full, some,
+    group_of_rows, group, image_of_rows, image, document_of_rows, document, score_from, log_weight, segments,
     scale, cap, visual_abs, visual_factor, system_factor,
     query_b, query_h, query_q, query_d, key_b, key_h, key_s, key_d, value_b, value_h, value_s, value_d,
-    out_b, out_h, out_q,
+    out_b, out_h, out_q, weight_b, segments_b, segments_s, segments_n,
     heads, ratio, rows, length, dim, first_column, row_tiles, key_tiles,
-    COUNT: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, SCORE: tl.constexpr, KEEP_LSE: tl.constexpr,
+    COUNT: tl.constexpr, MASK: tl.constexpr, DOCUMENTS: tl.constexpr, CAP: tl.constexpr, SCORE: tl.constexpr,
+    WEIGHT: tl.constexpr, SEGMENTS: tl.constexpr, N: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, one head, all tiles of keys that hold a visible pair."""
@@ -95,22 +136,24 @@ def prefill_kernel(
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < rows
-    d = tl.arange(0, BLOCK_D)
+    d, n = tl.arange(0, BLOCK_D), tl.arange(0, N)
     q_at = query + b * query_b + h * query_h + row * query_q
     q = tl.load(q_at[:, None] + d[None, :] * query_d, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
     key_at = key + b * key_b + h // ratio * key_h
     value_at = value + b * value_b + h // ratio * value_h
     group_q = tl.load(group_of_rows + b * rows + row, mask=inside, other=_PAD).to(tl.int32)
     image_q = tl.load(image_of_rows + b * rows + row, mask=inside, other=-1)
+    document_q = tl.load(document_of_rows + b * rows + row, mask=inside, other=0) if DOCUMENTS else row
     scored = row + first_column >= (tl.load(score_from + b) if SCORE else 0)
 
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    sums = tl.zeros([BLOCK_R, N], tl.float32)
     at = b * row_tiles + tile
     whole = tl.load(full + at)  # the first so many tiles of the list are full, the next are partly visible
-    for n in range(0, whole + tl.load(some + at)):
-        s = tl.load(order + at * key_tiles + n) * BLOCK_S + tl.arange(0, BLOCK_S)
+    for index in range(0, whole + tl.load(some + at)):
+        s = tl.load(order + at * key_tiles + index) * BLOCK_S + tl.arange(0, BLOCK_S)
         valid = s < length
         k = tl.load(
             key_at + s[None, :] * key_s + d[:, None] * key_d, mask=(d < dim)[:, None] & valid[None, :], other=0.0
@@ -118,37 +161,86 @@ def prefill_kernel(
         v = tl.load(
             value_at + s[:, None] * value_s + d[None, :] * value_d, mask=valid[:, None] & (d < dim)[None, :], other=0.0
         )
-        logits = tl.dot(q, k, input_precision="ieee") * scale
-        if CAP:
-            logits = soft_cap(logits, cap)
-        if SCORE:
-            group_k = tl.load(group + b * length + s, mask=valid, other=_PAD).to(tl.int32)
-            raised = logits + visual_abs * tl.maximum(logits, -logits)
-            changed = tl.where((group_k == _VISUAL)[None, :], raised * visual_factor, logits)
-            changed = tl.where((group_k == _SYSTEM)[None, :], changed * system_factor, changed)
-            logits = tl.where(scored[:, None], changed, logits)
-        logits = logits * LOG2E
-        if n >= whole:
-            group_k = tl.load(group + b * length + s, mask=valid, other=_PAD).to(tl.int32)
-            image_k = tl.load(image + b * length + s, mask=valid, other=-1)
-            pairs = inside[:, None] & (group_k != _PAD)[None, :]
-            seen = visible_pairs(first_column + row, s, group_q, group_k, image_q, image_k, pairs, COUNT, MASK)
+        logits = tile_logits(
+            q, k, group + b * length, log_weight + b * weight_b, s, valid, scored,
+            scale, cap, visual_abs, visual_factor, system_factor, CAP, SCORE, WEIGHT,
+        )  # fmt: skip
+        if index >= whole:
+            seen = seen_pairs(
+                row, s, inside, valid, group_q, image_q, document_q, group + b * length, image + b * length,
+                document + b * length, first_column, COUNT, MASK, DOCUMENTS,
+            )  # fmt: skip
             logits = tl.where(seen, logits, float("-inf"))
         new = tl.maximum(top, tl.max(logits, 1))
         base = finite(new)
         p = tl.exp2(logits - base[:, None])
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(p, 1)
+        if SEGMENTS:
+            sums = sums * fade[:, None]
+            for i in tl.static_range(SEGMENTS):
+                member_at = segments + b * segments_b + s * segments_s + i * segments_n
+                member = tl.load(member_at, mask=valid, other=0.0)
+                sums += tl.where(n == i, 1.0, 0.0)[None, :] * tl.sum(p * member[None, :], 1)[:, None]
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = new
     any_key = total > 0
-    sums = tl.where(any_key, total, 1.0)
-    acc = acc / sums[:, None]
+    total = tl.where(any_key, total, 1.0)
+    acc = acc / total[:, None]
     out_at = out + b * out_b + h * out_h + row * out_q
     tl.store(out_at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < dim)[None, :])
-    if KEEP_LSE:
-        value_lse = tl.where(any_key, (finite(top) + tl.log2(sums)) * LN2, float("-inf"))
-        tl.store(lse + pair.to(tl.int64) * rows + row, value_lse, mask=inside)
+    row_at = pair.to(tl.int64) * rows + row
+    tl.store(lse + row_at, tl.where(any_key, (finite(top) + tl.log2(total)) * LN2, float("-inf")), mask=inside)
+    if SEGMENTS:
+        mass_at = mass + row_at[:, None] * SEGMENTS + n[None, :]
+        tl.store(mass_at, sums / total[:, None], mask=inside[:, None] & (n < SEGMENTS)[None, :])
+
+
+@triton.jit
+def sums_kernel(
+    query, key, lse, column_sum, state, summed,
+    group_of_rows, group, image_of_rows, image, document_of_rows, document, score_from, log_weight,
+    scale, cap, visual_abs, visual_factor, system_factor,
+    query_b, query_h, query_q, query_d, key_b, key_h, key_s, key_d, weight_b,
+    heads, ratio, rows, length, dim, first_column, row_tiles, key_tiles,
+    COUNT: tl.constexpr, MASK: tl.constexpr, DOCUMENTS: tl.constexpr, CAP: tl.constexpr, SCORE: tl.constexpr,
+    WEIGHT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys, one head: the attention of the summed rows, added up, from the rows' log-sum-exp."""
+    tile, pair = tl.program_id(0), tl.program_id(1)
+    b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    valid = s < length
+    d = tl.arange(0, BLOCK_D)
+    key_at = key + b * key_b + h // ratio * key_h
+    k = tl.load(key_at + s[None, :] * key_s + d[:, None] * key_d, mask=(d < dim)[:, None] & valid[None, :], other=0.0)
+    start = tl.load(score_from + b) if SCORE else 0
+    column = tl.zeros([BLOCK_S], tl.float32)
+    for i in range(0, row_tiles):
+        kind = tl.load(state + (b * row_tiles + i) * key_tiles + tile)
+        if kind > 0:
+            row = i * BLOCK_R + tl.arange(0, BLOCK_R)
+            inside = row < rows
+            q_at = query + b * query_b + h * query_h + row * query_q
+            q = tl.load(q_at[:, None] + d[None, :] * query_d, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
+            logits = tile_logits(
+                q, k, group + b * length, log_weight + b * weight_b, s, valid, row + first_column >= start,
+                scale, cap, visual_abs, visual_factor, system_factor, CAP, SCORE, WEIGHT,
+            )  # fmt: skip
+            if kind == 1:
+                group_q = tl.load(group_of_rows + b * rows + row, mask=inside, other=_PAD).to(tl.int32)
+                image_q = tl.load(image_of_rows + b * rows + row, mask=inside, other=-1)
+                document_q = tl.load(document_of_rows + b * rows + row, mask=inside, other=0) if DOCUMENTS else row
+                seen = seen_pairs(
+                    row, s, inside, valid, group_q, image_q, document_q, group + b * length, image + b * length,
+                    document + b * length, first_column, COUNT, MASK, DOCUMENTS,
+                )  # fmt: skip
+                logits = tl.where(seen, logits, float("-inf"))
+            wanted = inside & (tl.load(summed + b * rows + row, mask=inside, other=0) != 0)
+            total = finite(tl.load(lse + pair.to(tl.int64) * rows + row, mask=inside, other=0.0))
+            p = tl.exp2(logits - total[:, None] * LOG2E)
+            column += tl.sum(tl.where(wanted[:, None], p, 0.0), 0)
+    tl.store(column_sum + pair.to(tl.int64) * length + s, column, mask=valid)
 
 
 def padded(clauses: Sequence[int]) -> tuple[int, ...]:
@@ -161,24 +253,26 @@ def tiles(clauses: Sequence[int], tokens: Sequence[Tensor], first: int, block: d
 
     Args:
         clauses: causal, window, pairs, same image of every clause of the mask, at most four clauses.
-        tokens: groups of rows ``[B, Q]`` and keys ``[B, S]`` (uint8), images of rows and keys (int32), contiguous.
+        tokens: groups of rows ``[B, Q]`` and keys ``[B, S]`` (uint8), images of rows and keys (int32) and perhaps documents of
+            rows and keys (int32), contiguous.
         first: column of the first row.
         block: ``BLOCK_R`` and ``BLOCK_S``.
 
     Returns:
         ``order [B, row tiles, key tiles]`` int32, full tiles first, then partly visible, then empty ones; the numbers of full
-        and of partly visible ones, ``[B, row tiles]`` int32.
+        and of partly visible ones, ``[B, row tiles]`` int32; and what every tile holds, ``[B, row tiles, key tiles]`` int8: 2,
+        1 or 0.
     """
-    group_q, group_k, image_q, image_k = tokens
-    batch, rows, length = group_q.shape[0], group_q.shape[1], group_k.shape[1]
+    batch, rows, length = tokens[0].shape[0], tokens[0].shape[1], tokens[1].shape[1]
     row_tiles, key_tiles = triton.cdiv(rows, block["BLOCK_R"]), triton.cdiv(length, block["BLOCK_S"])
-    state = torch.empty(batch, row_tiles, key_tiles, dtype=torch.int8, device=group_q.device)
+    state = torch.empty(batch, row_tiles, key_tiles, dtype=torch.int8, device=tokens[0].device)
     tiles_kernel[(row_tiles, key_tiles, batch)](
-        state, group_q, group_k, image_q, image_k, rows, length, first, row_tiles, key_tiles,
-        COUNT=len(clauses) // 4, MASK=padded(clauses), BLOCK_R=block["BLOCK_R"], BLOCK_S=block["BLOCK_S"],
+        state, *tokens, *tokens[:6 - len(tokens)], rows, length, first, row_tiles, key_tiles,
+        COUNT=len(clauses) // 4, MASK=padded(clauses), DOCUMENTS=len(tokens) > 4,
+        BLOCK_R=block["BLOCK_R"], BLOCK_S=block["BLOCK_S"],
     )  # fmt: skip
     order = torch.argsort(state, dim=-1, descending=True, stable=True).to(torch.int32)
-    return order, (state == 2).sum(-1, dtype=torch.int32), (state == 1).sum(-1, dtype=torch.int32)
+    return order, (state == 2).sum(-1, dtype=torch.int32), (state == 1).sum(-1, dtype=torch.int32), state
 
 
 @on_its_device
@@ -193,23 +287,56 @@ def masked_attention(
     softcap: float | None,
     score: Sequence[float] | None,
     score_from: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See ``prefill.masked_attention``: output ``[B, H, Q, D]`` and log-sum-exp ``[B, H, Q]`` float32."""
+    log_weight: Tensor | None,
+    segments: Tensor | None,
+    summed: Tensor | None,
+    known: dict[tuple[int, int], tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``prefill.masked_attention``: output ``[B, H, Q, D]``, log-sum-exp ``[B, H, Q]``, masses ``[B, H, Q, N]`` and sums
+    ``[B, H, S]``, all but the first float32; the last two are empty where they are not asked for.
+
+    ``known`` keeps what :func:`tiles` finds, for the next layer.
+    """
     batch, heads, rows, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     block = tuning.prefill(query, dim)
     block["BLOCK_R"] = min(block["BLOCK_R"], max(16, next_power(rows)))
-    order, full, some = tiles(clauses, tokens, first, block)
+    known = {} if known is None else known
+    size = block["BLOCK_R"], block["BLOCK_S"]
+    if size not in known:
+        known[size] = tiles(clauses, tokens, first, block)
+    order, full, some, state = known[size]
+    made: dict[str, Any] = {"dtype": torch.float32, "device": value.device}
+    count = 0 if segments is None else segments.shape[2]
     out = torch.empty(batch, rows, heads, dim, dtype=value.dtype, device=value.device).transpose(1, 2)
-    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=value.device)
-    group_q, group_k, image_q, image_k = tokens
+    lse, mass = torch.empty(batch, heads, rows, **made), torch.empty(batch, heads, rows, count, **made)
+    column_sum = torch.empty(batch, heads, 0 if summed is None else length, **made)
+    members = lse if segments is None else segments.float().expand(batch, length, count)
+    weight = lse if log_weight is None else log_weight.float().contiguous()
+    weight_b = length if log_weight is not None and len(log_weight) > 1 else 0
+    places = (*tokens, *tokens[: 6 - len(tokens)], tokens[0] if score_from is None else score_from)
+    numbers = (scale, softcap or 1.0, *(score or (0.0, 1.0, 1.0)))
+    sizes = (heads, heads // kv_heads, rows, length, dim, first, order.shape[1], order.shape[2])
+    flags = {
+        "COUNT": len(clauses) // 4,
+        "MASK": padded(clauses),
+        "DOCUMENTS": len(tokens) > 4,
+        "CAP": softcap is not None,
+        "SCORE": score is not None,
+        "WEIGHT": log_weight is not None,
+        "BLOCK_D": next_power(dim, 16),
+    }
     prefill_kernel[(order.shape[1], batch * heads)](
-        query, key, value, out, lse, order, full, some,
-        group_q, group_k, image_q, image_k, group_q if score_from is None else score_from,
-        scale, softcap or 1.0, *(score or (0.0, 1.0, 1.0)),
-        *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3],
-        heads, heads // kv_heads, rows, length, dim, first, order.shape[1], order.shape[2],
-        COUNT=len(clauses) // 4, MASK=padded(clauses), CAP=softcap is not None, SCORE=score is not None, KEEP_LSE=True,
-        BLOCK_D=next_power(dim, 16), **block,
+        query, key, value, out, lse, mass, order, full, some, *places, weight, members, *numbers,
+        *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3], weight_b, *members.stride()[:3], *sizes,
+        SEGMENTS=count, N=next_power(count), **flags, **block,
     )  # fmt: skip
-    return out, lse
+    if summed is not None:
+        kept = summed.expand(batch, rows)
+        parts = torch.nn.functional.pad(kept, (0, order.shape[1] * block["BLOCK_R"] - rows))
+        held = state * parts.view(batch, order.shape[1], block["BLOCK_R"]).any(-1)[..., None]
+        sums_kernel[(order.shape[2], batch * heads)](
+            query, key, lse, column_sum, held, kept.to(torch.uint8).contiguous(), *places, weight, *numbers,
+            *query.stride(), *key.stride(), weight_b, *sizes, **flags, **block,
+        )  # fmt: skip
+    return out, lse, mass, column_sum

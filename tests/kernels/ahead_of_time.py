@@ -47,7 +47,8 @@ POINTERS = {
     "mass": "fp32", "weight": "fp32", "head_scale": "fp32", "result": "bf16", "result_lse": "fp32", "keys": "u8",
     "last_column": "i32", "entropy": "fp32", "attention": "fp32", "column_sum": "fp32", "state": "i8", "order": "i32",
     "full": "i32", "some": "i32", "group_of_rows": "u8", "group": "u8", "image_of_rows": "i32", "image": "i32",
-    "score": "fp32", "score_from": "i64",
+    "score": "fp32", "score_from": "i64", "document_of_rows": "i32", "document": "i32", "log_weight": "fp32",
+    "summed": "u8",
 }  # fmt: skip
 
 
@@ -93,13 +94,16 @@ def configurations(major: int) -> Any:
     yield triton_segmented.masses_kernel, {"BLOCK_N": 16, "BLOCK_T": 64}, {"num_warps": 1}, {}, False
     flags = {"WEIGHT": 1, "SCALE": True, "KEEP_LSE": False, "BLOCK_M": 512, "BLOCK_D": 128, "STEP": 16}
     yield triton_segmented.combine_kernel, flags, {"num_warps": 4}, {}, False
-    for dim, name in ((128, "modality-mutual"), (256, "vision-block")):
+    for dim, name, full in ((64, "causal", True), (128, "modality-mutual", False), (256, "vision-block", True)):
         blocks, options = split(tuning.row(tuning.PREFILL, major, 2 * dim))
         clauses = [int(number) for clause in masks.named(name).clauses for number in clause]
-        mask = {"COUNT": len(clauses) // 4, "MASK": triton_prefill.padded(clauses), **blocks}
+        documents = {"DOCUMENTS": full}
+        mask = {"COUNT": len(clauses) // 4, "MASK": triton_prefill.padded(clauses), **documents, **blocks}
         yield triton_prefill.tiles_kernel, mask, {}, {}, False
-        flags = {"CAP": False, "SCORE": dim == 128, "KEEP_LSE": True, "BLOCK_D": dim, "value_d": 1}
-        yield triton_prefill.prefill_kernel, {**mask, **flags, **unit}, options, {"out": "bf16"}, True
+        flags = {"CAP": False, "SCORE": dim == 128, "WEIGHT": full, "BLOCK_D": dim, **unit}
+        sums = {"SEGMENTS": 4 * full, "N": 4 if full else 1, "value_d": 1}
+        yield triton_prefill.prefill_kernel, {**mask, **flags, **sums}, options, {"out": "bf16"}, True
+        yield triton_prefill.sums_kernel, {**mask, **flags}, options, {}, True
         flags = {"MASK": 0, "CAP": False, "LAST": True, "KEYS": True, "BLOCK_D": dim, "mask_s": 1, **unit}
         yield triton_probe.totals_kernel, {**flags, **blocks, "COUNT": 4, "N": 4, "BLOCK_R": 64}, options, {}, True
         yield triton_probe.columns_kernel, {**flags, **blocks, "MAPS": False, "BLOCK_R": 64}, options, {}, True

@@ -77,6 +77,27 @@ def test_batched_padding_is_each_row_alone() -> None:
         assert not got[1, :, :, :2].any(), name
 
 
+def test_packed_prompts_are_each_alone() -> None:
+    one, other = masks.parse_layout("s1 v3 q2")[0], masks.parse_layout("v2 q1 a1")[0]
+    row = torch.cat([one, other], 1)
+    document = masks.documents(torch.tensor([0, 6, 6, 10]))
+    assert document.tolist() == [[0] * 6 + [2] * 4]
+    assert torch.equal(masks.documents(torch.tensor([0, 4])), torch.zeros(1, 4, dtype=torch.int32))
+    for name in WANTED:
+        got = masks.materialise(masks.named(name), row, document=document)[0, 0]
+        assert torch.equal(got[:6, :6], masks.materialise(masks.named(name), one)[0, 0]), name
+        assert torch.equal(got[6:, 6:], masks.materialise(masks.named(name), other)[0, 0]), name
+        assert not got[:6, 6:].any(), name
+        assert not got[6:, :6].any(), name
+    # An image that ends one prompt and one that begins the next are neighbours, and still two.
+    touching = masks.parse_layout("q1 v1 v1 q1")[0]
+    block = masks.materialise(masks.vision_block, touching, document=torch.tensor([[0, 0, 1, 1]]))[0, 0]
+    assert lines(block) == ["#...", "##..", "..#.", "..##"]
+    # Columns behind the prompt go on with its last document.
+    last = masks.materialise(masks.causal, touching, document=torch.tensor([[0, 0, 1, 1]]), length=5)[0, 0, 4]
+    assert lines(last[None]) == ["..###"]
+
+
 @settings(max_examples=1000, deadline=None)
 @given(
     st.lists(st.sampled_from("svqrap"), min_size=1, max_size=12),
@@ -113,5 +134,12 @@ def test_wrong_input() -> None:
         masks.materialise(masks.causal, group[0])
     with pytest.raises(ValueError, match=r"image must be integers of group's shape \[1, 4\], got \[1, 3\]"):
         masks.materialise(masks.causal, group, image=image[:, :3])
+    with pytest.raises(ValueError, match=r"document must be integers of group's shape \[1, 4\], got \[4\]"):
+        masks.materialise(masks.causal, group, document=torch.zeros(4).int())
+    for starts in ([1, 4], [0, 3, 2]):
+        with pytest.raises(ValueError, match="cu_seqlens must begin with 0 and never fall"):
+            masks.documents(torch.tensor(starts))
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \[N \+ 1\] integers, got \[1\]"):
+        masks.documents(torch.tensor([0]))
     with pytest.raises(ValueError, match="rows 3 to 4 lie outside the 4 columns"):
         masks.materialise(masks.causal, group, rows=range(3, 5))
