@@ -17,15 +17,17 @@ if __name__ == "kernels":
     # Where none is installed this stays an empty module without a version, which transformers takes for "not there".
 else:
     from vlm_attn.kernels import masks
-    from vlm_attn.kernels.dispatch import combine, edited_attention, prefer, segmented_attention
+    from vlm_attn.kernels.dispatch import combine, edited_attention, prefer, segmented_attention, triton_first
     from vlm_attn.kernels.edited import Edit, Policy, ScoreEdit, merged, one_hot_segments
     from vlm_attn.kernels.groups import Group
-    from vlm_attn.kernels.prefill import Score, masked_attention
+    from vlm_attn.kernels.prefill import Attended, Pattern, Score, masked_attention
     from vlm_attn.kernels.probe import Probe, attention_rows, probe
 
     __all__ = [
+        "Attended",
         "Edit",
         "Group",
+        "Pattern",
         "Policy",
         "Probe",
         "Score",
@@ -40,4 +42,5 @@ else:
         "prefer",
         "probe",
         "segmented_attention",
+        "triton_first",
     ]

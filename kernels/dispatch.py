@@ -121,6 +121,11 @@ def prefer(name: str) -> Iterator[None]:
         _preferred = before
 
 
+def triton_first(device: torch.device) -> bool:
+    """Whether the Triton kernels are what a call on a device gets, if its tensors fit."""
+    return _preferred == "triton" or (_preferred is None and TRITON and device.type == "cuda")
+
+
 def triton_refuses(facts: Facts) -> str | None:
     """What every Triton kernel needs."""
     if facts.device != "cuda" and not (facts.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):

@@ -204,7 +204,7 @@ def packed(document: Tensor, length: int) -> Tensor:
 
 
 def documents(cu_seqlens: Tensor) -> Tensor:
-    """``[1, S]`` int32: number of the prompt every column belongs to, where N prompts of S columns in all are packed into a row.
+    """``[1, S]`` int32: number of the prompt every column belongs to, where N prompts are packed into a row of S columns.
 
     Args:
         cu_seqlens: ``[N + 1]`` integers, column of every prompt's start and then S, as variable-length attention takes them.
@@ -236,7 +236,7 @@ def check_tokens(group: Tensor, image: Tensor | None, document: Tensor | None = 
 
 
 def visible(mask: Mask, q: Tokens, k: Tokens) -> Tensor:
-    """What rows see of keys, bool of the shape the two broadcast to: what the mask shows, but no padding and no other document."""
+    """What rows see of keys, bool of the shape the two broadcast to: what the mask shows, but no padding, no other document."""
     seen = mask(q, k) & (k.group != int(Group.PAD))
     return seen if k.document is None or q.document is None else seen & (q.document == k.document)
 
@@ -256,7 +256,7 @@ def materialise(
         mask: the mask.
         group: ``[B, P]`` integers of :class:`Group`; PAD columns are hidden from every row. Later columns are GENERATED.
         image: ``[B, P]`` integers, the image of every column, -1 for text; default: :func:`image_index`.
-        document: ``[B, P]`` integers, the packed prompt of every column, see :func:`documents`; later columns are the last one's.
+        document: ``[B, P]`` integers, the packed prompt of every column, see :func:`documents`; later columns are the last's.
         rows: columns whose rows are wanted, a range or ``[Q]`` or ``[B, Q]`` integers; default: all of ``length``.
         length: number of key columns S; default P.
 

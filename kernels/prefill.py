@@ -8,7 +8,6 @@ key's column over some rows (what pruning methods rank by).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -223,9 +222,7 @@ class Pattern:
             start = torch.as_tensor(score_from, device=key.device).to(torch.int64).expand(batch).contiguous()
         wanted = {"lse": lse, "segments": segments is not None, "summed": summed is not None}
         extras = ", ".join(name for name, asked in wanted.items() if asked)
-        run = self.backend(
-            query, key, value, softcap=softcap, score=score is not None, extras=extras, name=backend
-        ).run
+        run = self.backend(query, key, value, softcap=softcap, score=score is not None, extras=extras, name=backend).run
         return run(Problem(query, key, value, self, scale, softcap, score, start, log_weight, segments, summed))
 
 
@@ -346,7 +343,6 @@ def _prefill_refuses(facts: Facts) -> str | None:
 
 @register("masked_attention", "triton", _prefill_refuses)
 def _masked_triton(problem: Problem) -> Attended:
-    run: Callable[..., tuple[Tensor, ...]]
     pattern = problem.pattern
     clauses = [int(number) for clause in pattern.mask.clauses for number in clause]
     tokens = [t for side in zip(pattern.rows[1:], pattern.keys[1:], strict=True) for t in side if t is not None]

@@ -69,7 +69,11 @@ def vlm_attention(
     """
     tag: Tag | None = getattr(module, TAG, None)
 
+    drawn: Tensor | None = None
+
     def plain() -> tuple[Tensor, Tensor | None]:
+        if drawn is not None:
+            return drawn, None
         base = host.base_attention(module, tag.base if tag is not None else _base_of(module))
         return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
@@ -88,6 +92,11 @@ def vlm_attention(
         raise NotImplementedError("vlm_attn edits attention at inference only: call model.eval()")
     softcap = kwargs.get("softcap")
     shared: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    if call.mask is not None:
+        drawn = _drawn(call, query, key, value, **shared)
+        if drawn is None:
+            columns = torch.arange(query.shape[2], device=query.device) + call.past
+            attention_mask = host.mask_like(call.mask.rows(columns, key.shape[2]), tag.base, query)
 
     def scaled(out: Tensor) -> Tensor:
         factor = tag.engine.head_scale(call, tag.layer)
@@ -139,6 +148,18 @@ def vlm_attention(
             index = rows[:, :, None, None].expand_as(edited)
             out = out.scatter(1, index, torch.where(valid[:, :, None, None], edited, out.gather(1, index)))
     return scaled(out), weights
+
+
+def _drawn(
+    call: Call, query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float | None
+) -> Tensor | None:
+    """``[B, Q, H, D]``: prompt rows under a mask that the kernel draws; None where it cannot, and the mask must be written."""
+    if call.mask is None or call.mode != "prompt" or value.shape != key.shape:
+        return None
+    pattern = call.mask.pattern(int(call.past), query.shape[2], key)
+    if pattern.backend(query, key, value, softcap=softcap).name != "triton":
+        return None
+    return pattern.attend(query, key, value, scale=scale, softcap=softcap).out.transpose(1, 2)
 
 
 def scale_heads(out: Tensor, factor: Tensor) -> Tensor:
@@ -204,6 +225,8 @@ def _causal(call: Call, key: Tensor, rows: Tensor) -> Tensor:
 
 def _rows_mask(call: Call, mask: Tensor | None, key: Tensor, rows: Tensor) -> Tensor:
     """The mask of single rows ``[B, R]`` of this forward."""
+    if call.mask is not None:
+        return call.mask.rows(rows + call.past, key.shape[2])
     if mask is None:
         return _causal(call, key, rows)
     mask = mask[..., : key.shape[2]].expand(rows.shape[0], -1, -1, -1)

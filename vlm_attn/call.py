@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vlm_attn.kernels import Edit, ScoreEdit
+from vlm_attn.kernels import Edit, Group, Pattern, ScoreEdit
+from vlm_attn.kernels.masks import Mask, extended, materialise
 from vlm_attn.layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -19,6 +20,35 @@ if TYPE_CHECKING:
 
 Mode = Literal["prompt", "edited", "other"]
 T = TypeVar("T")
+
+
+@dataclass
+class PromptMask:
+    """A method's mask of the prompt: as a matrix, as single rows of it, or laid out for the kernel that draws it by itself.
+
+    Attributes:
+        mask: the mask.
+        group: ``[B, P]`` of the prompt; columns behind it are GENERATED.
+    """
+
+    mask: Mask
+    group: Tensor
+    _patterns: dict[Any, Pattern] = field(default_factory=dict)
+
+    def rows(self, columns: Tensor, length: int) -> Tensor:
+        """``[B, 1, R, length]`` bool: what rows at the columns ``[R]`` or ``[B, R]`` see of the first ``length`` columns."""
+        group = extended(self.group, max(length, int(columns.max()) + 1), int(Group.GENERATED))
+        seen = materialise(self.mask, group, rows=columns)[..., :length]
+        # Padded rows are never read; they see something, so that no softmax runs over nothing.
+        return seen | (group.gather(1, columns.expand(len(group), -1)) == Group.PAD)[:, None, :, None]
+
+    def pattern(self, first: int, rows: int, key: Tensor) -> Pattern:
+        """The mask over ``rows`` rows from column ``first`` on and the keys ``[B, G, S, D]``."""
+        where = first, rows, key.shape[2], key.device
+        if where not in self._patterns:
+            group = self.group[:, : key.shape[2]].to(key.device)
+            self._patterns[where] = Pattern.of(self.mask, group, rows, key.shape[2], first=first)
+        return self._patterns[where]
 
 
 @dataclass
@@ -41,6 +71,7 @@ class Call:
         earlier: the call that filled those columns, if it is known.
         edits: the edits of each layer from the end of the prompt on.
         scales: the factors on every layer's heads, likewise.
+        mask: while the prompt runs under a mask that the kernel draws: what the host's own mask only stands in for.
         reduction: which columns are kept, while a method keeps fewer.
         ahead: the method for which a layer's attention is being read ahead.
         canvas: whether the answer is denoised (``vlm_attn.diffusion``), and not written token after token.
@@ -65,6 +96,7 @@ class Call:
     batch: int = 0
     edits: dict[int, list[Edit | ScoreEdit]] = field(default_factory=dict)
     scales: dict[int, Tensor | None] = field(default_factory=dict)
+    mask: PromptMask | None = None
     reduction: Reduction | None = None
     ahead: Reducer | None = None
     canvas: bool = False

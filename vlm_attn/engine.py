@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from vlm_attn import dropping, host
 from vlm_attn.branch import Decoding, Run
-from vlm_attn.call import Call
+from vlm_attn.call import Call, PromptMask
 from vlm_attn.chat import ChatTemplate, find_question
 from vlm_attn.families import family_of, image_token_ids, split_images
-from vlm_attn.kernels import Edit, Group, ScoreEdit, merged
-from vlm_attn.kernels.masks import Mask, materialise
+from vlm_attn.kernels import Edit, ScoreEdit, merged, triton_first
+from vlm_attn.kernels.masks import Mask
 from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
 from vlm_attn.method import Method
 from vlm_attn.reduction import KeptImage, Reducer
@@ -137,10 +137,11 @@ class Engine:
         edits = [edit for m in now if (edit := m.edit(call, layer)) is not None]
         if edits and call.reduction is not None:
             edits = call.reduction.edits(layer, edits)
-        if call.done:
+        if call.done or triton_first(call.prompt.group.device):
             weighed = [edit for edit in edits if isinstance(edit, Edit)]
             if len(weighed) > 1 and (one := merged(weighed)) is not None:  # one pass over the keys for all of them
                 edits = [*(edit for edit in edits if isinstance(edit, ScoreEdit)), one]
+        if call.done:
             call.edits[layer] = edits
         return edits
 
@@ -373,6 +374,7 @@ class Engine:
             call.mode = "other"
             return None
         call.batch, call.length = embeds.shape[:2]
+        call.mask = None
         if call.done and cache is not None:
             past = cache.get_seq_length()
             call.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
@@ -401,7 +403,7 @@ class Engine:
         return (), self._run_body(module, kwargs, cache, past, prompt)
 
     def _prompt_mask(self, call: Call, cache: Any, embeds: Tensor) -> Tensor:
-        """The methods' mask for the rows that run now, in the host's format."""
+        """The methods' mask for the rows that run now, in the host's format; where the kernel draws it, what has its shape."""
         assert self.mask is not None
         assert isinstance(call.past, int)
         if call.past != call.first or call.past + call.length < call.prompt.length:
@@ -411,12 +413,13 @@ class Engine:
             )
         total = call.past + call.length
         length, _ = host.key_window(cache, call.length, 0) if cache is not None else (total, 0)
-        group = call.layout.group
-        visible = materialise(self.mask, group, rows=range(call.past, total), length=max(length, total))[..., :length]
-        # Padded rows are never read; they see something, so that no softmax runs over nothing.
-        padded = (group[:, call.past : total] == Group.PAD)[:, None, :, None]
-        padded = nn.functional.pad(padded, (0, 0, 0, total - call.past - padded.shape[2]))
-        return host.mask_like(visible | padded, self.base, embeds)
+        mask = PromptMask(self.mask, call.layout.group)
+        if triton_first(embeds.device) and not self.reduces:
+            call.mask = mask
+            stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+            return host.mask_like(stand_in, self.base, embeds).expand(len(embeds), 1, call.length, length)
+        columns = torch.arange(call.past, total, device=embeds.device)
+        return host.mask_like(mask.rows(columns, length), self.base, embeds)
 
     def _continues(self, call: Call, cache: Any) -> bool:
         """Whether a forward is the call's own, and not that of another stream beside it (classifier-free guidance runs the text
@@ -492,6 +495,7 @@ class Engine:
         call, pending, self._pending = self.call, self._pending, None
         if call is None or pending is None:
             return None
+        call.mask = None
         cache = getattr(output, host.CACHE, None)
         call.cached_prompt = cache is not None and not pending.get("drop_cache")
         if pending["done"]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
 import vlm_attn
 from tests import tiny
-from tests.helpers import ACTIVE, generate, same
+from tests.helpers import ACTIVE, close, differ, generate, logits, same
 from tests.kernels.running import DEVICE, why_not
-from vlm_attn import engine, registry
-from vlm_attn.kernels import dispatch, merged, prefer
+from vlm_attn import Method, engine, host, registry
+from vlm_attn.kernels import Edit, dispatch, merged, one_hot_segments, prefer
 
 PROMPTS = [[3, "image", 7], [1, "image", 4]]
 
@@ -22,6 +25,19 @@ if DEVICE != "cpu":
     pytest.skip("on a device the kernels run by themselves: tests/engine/test_gpu.py", allow_module_level=True)
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved(Method):
+    """Halves what every text row gives the image, by a bias."""
+
+    name: ClassVar[str] = "halved"
+    edited_rows: ClassVar[Any] = "text"
+
+    def edit(self, call: Any, layer: int) -> Edit:
+        return Edit(
+            one_hot_segments(call.layout.visual.int(), 2), lambda mass: mass.new_tensor([1.0, 0.5]).expand_as(mass)
+        )
 
 
 @cache
@@ -66,6 +82,74 @@ def test_methods(methods: list[str], operations: set[str], ran: Counter[str]) ->
             got = generate(model, x, 3)
     same(got, wanted)
     assert set(ran) == operations, ran
+
+
+@pytest.mark.filterwarnings("ignore:.*this mask belongs to models:UserWarning")
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["mma", "vision_block"])
+def test_the_kernel_draws_the_mask_of_the_prompt(name: str, base: str, ran: Counter[str]) -> None:
+    """Left padding, a static cache, no cache; no matrix of the mask is made."""
+    model, x = built()
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(base)
+    kept = x["attention_mask"].bool()
+    with vlm_attn.patched(model, name):
+        wanted, plain = generate(model, x, 2), logits(model, x)
+        assert not ran
+        with prefer("triton"):
+            close(logits(model, x)[kept], plain[kept])
+            assert ran["masked_attention"] == 4, ran  # once a layer
+            for options in ({"cache_implementation": "static"}, {"use_cache": False}):
+                same(generate(model, x, 2, **options), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*this mask belongs to models:UserWarning")
+def test_edits_on_top_of_a_drawn_mask(ran: Counter[str]) -> None:
+    """Rows that are read and edited get their own rows of the mask: the question's, all text, and the last one by itself."""
+    model, x = built()
+    kept = x["attention_mask"].bool()
+    with vlm_attn.patched(
+        model, ["bidirectional", *(registry.build(name, **ACTIVE[name]) for name in ("gift", "var"))]
+    ):
+        wanted = logits(model, x)
+        with prefer("triton"):
+            got = logits(model, x)
+    close(got[kept], wanted[kept])
+    assert set(ran) == {"masked_attention", "attention_rows", "edited_attention"}
+
+
+@pytest.mark.filterwarnings("ignore:.*this mask belongs to models:UserWarning")
+def test_the_kernel_draws_the_mask_of_a_second_prompt(ran: Counter[str]) -> None:
+    """Rows that begin behind what a cache holds."""
+    model, inputs = tiny.llava()
+    one, two = inputs([[3, "image", 7]]), inputs([[3, "image", 7, "image", 4]])
+    length = one["input_ids"].shape[1]
+    found = []
+    with vlm_attn.patched(model, "mma"), torch.no_grad():
+        for backend in ("grouped", "triton"):
+            with prefer(backend):
+                cache = host.cache_of(model(**one, use_cache=True))
+                rest = {"input_ids": two["input_ids"][:, length:], "pixel_values": two["pixel_values"][-1:]}
+                rest["attention_mask"] = torch.ones(1, two["input_ids"].shape[1], dtype=torch.long)
+                found.append(model(**rest, **{host.CACHE: cache}).logits)
+    close(*found)
+    assert ran["masked_attention"] == 8
+
+
+def test_edits_of_prompt_rows_are_one(ran: Counter[str]) -> None:
+    """Two methods that edit all text rows: one pass of the kernel for both, where they would be two for PyTorch."""
+    model, inputs = tiny.llava()
+    x = inputs([[1, "image", 3]])
+    methods = [registry.build("var", **ACTIVE["var"]), Halved()]
+    with vlm_attn.patched(model, methods[:1]):
+        alone = logits(model, x)
+    with vlm_attn.patched(model, methods):
+        wanted = logits(model, x)
+        with prefer("triton"):
+            got = logits(model, x)
+    close(got, wanted)
+    differ(wanted, alone)
+    assert ran["edited_attention"] == 4
 
 
 def test_two_methods_decode_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,8 +82,9 @@ def split(block: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def configurations(major: int) -> Any:
-    """Kernel, constants, options, other types, and whether it multiplies matrices."""
+    """Kernel, constants, options, other types, and whether it multiplies matrices (None: as the device likes, in float32)."""
     unit = {"query_d": 1, "key_d": 1}
+    single = dict.fromkeys(("query", "key", "value", "out"), "fp32")
     for dim, count, score in ((64, 4, 1), (128, 5, 0), (128, 8, 2), (256, 5, 0), (256, 8, 0)):
         blocks, options = split(tuning.row(tuning.DECODE, major, 2 * dim))
         sizes = {"N": count, "BLOCK_R": 16, "BLOCK_D": dim}
@@ -91,6 +92,8 @@ def configurations(major: int) -> Any:
         strides = {"value_d": 1, "mask_s": 1, "segments_n": 1, "score_s": 1}
         constants = {**sizes, **flags, **strides, **blocks, **unit}
         yield triton_segmented.partials_kernel, constants, options, {}, True
+    blocks, options = split(tuning.row(tuning.DECODE, major, 1024))
+    yield triton_segmented.partials_kernel, {**constants, "N": 5, **blocks}, options, single, None
     yield triton_segmented.masses_kernel, {"BLOCK_N": 16, "BLOCK_T": 64}, {"num_warps": 1}, {}, False
     flags = {"WEIGHT": 1, "SCALE": True, "KEEP_LSE": False, "BLOCK_M": 512, "BLOCK_D": 128, "STEP": 16}
     yield triton_segmented.combine_kernel, flags, {"num_warps": 4}, {}, False
@@ -104,6 +107,9 @@ def configurations(major: int) -> Any:
         sums = {"SEGMENTS": 4 * full, "N": 4 if full else 1, "value_d": 1}
         yield triton_prefill.prefill_kernel, {**mask, **flags, **sums}, options, {"out": "bf16"}, True
         yield triton_prefill.sums_kernel, {**mask, **flags}, options, {}, True
+        if dim == 256:
+            wide, options_of_wide = split(tuning.row(tuning.PREFILL, major, 1024))
+            yield triton_prefill.prefill_kernel, {**mask, **flags, **sums, **wide}, options_of_wide, single, None
         flags = {"MASK": 0, "CAP": False, "LAST": True, "KEYS": True, "BLOCK_D": dim, "mask_s": 1, **unit}
         yield triton_probe.totals_kernel, {**flags, **blocks, "COUNT": 4, "N": 4, "BLOCK_R": 64}, options, {}, True
         yield triton_probe.columns_kernel, {**flags, **blocks, "MAPS": False, "BLOCK_R": 64}, options, {}, True

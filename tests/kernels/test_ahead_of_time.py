@@ -28,5 +28,5 @@ def test_compiles(target: str, tmp_path: Path) -> None:
     kernels = {"partials", "masses", "combine", "tiles", "prefill", "sums", "totals", "columns"}
     assert {result["kernel"] for result in results} == {f"{name}_kernel" for name in kernels}
     for result in results:
-        assert bool(result["matrix_instructions"]) is result["multiplies"], result
+        assert result["multiplies"] in (None, bool(result["matrix_instructions"])), result
         assert result["shared"] <= SHARED[target] * 1024, result

@@ -390,8 +390,8 @@ def test_what_a_backend_refuses() -> None:
     group = torch.zeros(1, 5).byte()
     with pytest.raises(RuntimeError, match="'sdpa' cannot run this masked_attention: score is asked for"):
         masked_attention(query, key, key, masks.causal, group, scale=1.0, score=Score(), backend="sdpa")
+    rows = torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="'sdpa' cannot run this masked_attention: lse, summed is asked for"):
-        rows = torch.ones(1, 3, dtype=torch.bool)
         masked_attention(query, key, key, masks.causal, group, scale=1.0, lse=True, summed=rows, backend="sdpa")
     many = masks.or_(*(masks.and_(masks.causal, masks.sliding(n)) for n in range(1, 6)))
     with pytest.raises(RuntimeError, match="the mask has 5 clauses, allowed are 4"):
