@@ -260,7 +260,7 @@ def score(
         if results["status"] != "complete":
             raise KeyboardInterrupt
         lines = (Path(folder) / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [record for record in map(json.loads, lines) if "skipped" not in record]
     return {spec.label: [record for record in records if record["method"] == spec.label] for spec in specs}
 
 

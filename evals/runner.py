@@ -7,7 +7,8 @@ launch`` every process takes every n-th batch and the first one writes, in the o
 A results folder holds
 
 * ``samples.jsonl``: one line per sample and method: ``method``, ``sample`` (place in the list), ``image_id``,
-  ``answer``, ``score`` and facts of the sample; lines are flushed to disk batch by batch;
+  ``answer``, ``score`` and facts of the sample; lines are flushed to disk batch by batch. A sample whose picture cannot be
+  read has ``skipped``, the reason, in place of answer and score; it is counted in ``counts`` and is in no figure;
 * ``results.json``: ``schema_version, status, eval, config, versions, device, seed, prompt, image_ids_sha256,
   parser, counts, metrics, environment``; metrics are ``{"value", "low", "high"}`` with 95 % intervals,
   percentages in percent;
@@ -158,10 +159,17 @@ class _Store:
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add the records of a finished batch, on disk before this returns."""
         if self.folder is not None:
-            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-                file.write("".join(_line(record) for record in records))
-                file.flush()
-                os.fsync(file.fileno())
+            file = self.folder / "samples.jsonl"
+            try:
+                with open(file, "a", encoding="utf-8") as lines:
+                    lines.write("".join(_line(record) for record in records))
+                    lines.flush()
+                    os.fsync(lines.fileno())
+            except OSError as error:
+                raise OSError(
+                    f"{file}: cannot be written ({error.strerror}); what is finished is kept, and the same command goes on "
+                    "from there when it can be"
+                ) from error
         self.records.extend(records)
 
 
@@ -191,7 +199,7 @@ def run(
 
     Ctrl-C ends the run early: what is finished is scored, written and returned with status ``interrupted``.
     The same call later goes on where it stopped. In several processes (`Processes`) the first one gets the results,
-    the others only their status.
+    the others only their status. A picture that cannot be read is skipped and counted, unless none of the first batch can.
 
     Args:
         task: from `vlm_attn.evals.tasks`.
@@ -269,6 +277,8 @@ def _run(
 
     def results(status: str) -> dict[str, Any]:
         finished = {s.label: [r for r in store.records if r["method"] == s.label] for s in specs}
+        answered = {label: [r for r in rows if "skipped" not in r] for label, rows in finished.items()}
+        skipped = {r["sample"]: r for r in store.records if "skipped" in r}
         content = {
             "schema_version": SCHEMA_VERSION,
             "status": status,
@@ -276,8 +286,12 @@ def _run(
             "config": {key: value for key, value in config.items() if key not in TOP_LEVEL},
             "versions": versions(),
             **{key: config[key] for key in TOP_LEVEL},
-            "counts": {"samples": size, "finished": {k: len(v) for k, v in finished.items()}},
-            "metrics": {label: task.summarise(rows) for label, rows in finished.items() if rows},
+            "counts": {
+                "samples": size,
+                "finished": {k: len(v) for k, v in finished.items()},
+                "skipped": len(skipped),
+            },
+            "metrics": {label: task.summarise(rows) for label, rows in answered.items() if rows},
             "environment": {
                 "started": started,
                 "seconds": round(time.perf_counter() - clock, 3),
@@ -287,6 +301,8 @@ def _run(
                 "device": _device_name(model),
             },
         }
+        if skipped:
+            content["skipped_images"] = {r["image_id"]: r["skipped"] for r in skipped.values()}
         if task.dataset.name.startswith("scenes:"):
             content["note"] = SCENES_NOTE
         if folder is not None:
@@ -309,22 +325,36 @@ def _run(
         try:
             for start in starts:
                 batch = task.samples[start : start + batch_size]
-                images = [load_image(sample.image_id) for sample in batch]
-                prompts = [sample.prompt for sample in batch]
-                begun = time.perf_counter()
-                answers, count = generate(model, processor, images, prompts, task.max_new_tokens, denoise)
-                tokens, seconds = tokens + count, seconds + time.perf_counter() - begun
-                records += [
-                    {
+                opened = [_opened(load_image, sample.image_id) for sample in batch]
+                broken = [picture for picture in opened if isinstance(picture, Exception)]
+                if start == 0 and len(broken) == len(batch):
+                    raise broken[0]  # not single pictures: the folder is wrong
+                there = [(s, p) for s, p in zip(batch, opened, strict=True) if not isinstance(p, Exception)]
+                answers: list[str] = []
+                if there:
+                    begun = time.perf_counter()
+                    answers, count = generate(
+                        model,
+                        processor,
+                        [p for _, p in there],
+                        [s.prompt for s, _ in there],
+                        task.max_new_tokens,
+                        denoise,
+                    )
+                    tokens, seconds = tokens + count, seconds + time.perf_counter() - begun
+                written = iter(answers)
+                for offset, (sample, picture) in enumerate(zip(batch, opened, strict=True)):
+                    record = {
                         "method": spec.label,
                         "sample": start + offset,
                         "image_id": sample.image_id,
                         **sample.facts,
-                        "answer": answer,
-                        "score": task.score(sample, answer),
                     }
-                    for offset, (sample, answer) in enumerate(zip(batch, answers, strict=True))
-                ]
+                    if isinstance(picture, Exception):
+                        records.append(record | {"skipped": str(picture)})
+                    else:
+                        answer = next(written)
+                        records.append(record | {"answer": answer, "score": task.score(sample, answer)})
         except Exception as error:
             return [], tokens, seconds, error
         return records, tokens, seconds, None
@@ -361,8 +391,17 @@ def _run(
         status = "interrupted"
     finally:
         # Also after an error: what is finished stays readable, and the same command can go on.
-        content = results(status) if processes.first else {"status": status}
+        with contextlib.suppress(*((OSError,) if status == "failed" else ())):  # a full disk has been reported already
+            content = results(status) if processes.first else {"status": status}
     return content
+
+
+def _opened(load_image: Callable[[int], Any], image_id: int) -> Any:
+    """The picture, or why it cannot be read."""
+    try:
+        return load_image(image_id)
+    except (OSError, ValueError) as error:
+        return error
 
 
 def _device_name(model: Any) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def test_pope_results(dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_pat
     assert results["counts"] == {
         "samples": len(task.samples),
         "finished": {"baseline": len(task.samples), "gift": len(task.samples)},
+        "skipped": 0,
     }
     for label in ("baseline", "gift"):
         assert sum(count for name, count in seen if name == label) == len(task.samples)
@@ -212,24 +214,56 @@ def test_method_that_does_not_fit_fails_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_picture_keeps_what_is_finished(
-    dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path
+def test_pictures_that_cannot_be_read_are_skipped_and_counted(
+    coco_folder: Path, tiny_model: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    task = chair_task(dataset, max_new_tokens=4)
-    last = task.samples[-1].image_id
+    folder = shutil.copytree(coco_folder, tmp_path / "data")
+    task = chair_task(CocoDataset.from_folder(folder), max_new_tokens=4)
+    missing, truncated = task.image_ids[1], task.image_ids[5]
+    (folder / "images" / f"{missing:012d}.png").unlink()
+    file = folder / "images" / f"{truncated:012d}.png"
+    file.write_bytes(file.read_bytes()[:-900])
+    results = run(task, tiny_model, tmp_path / "out")
+    assert results["counts"] == {"samples": 7, "finished": {"baseline": 7, "gift": 7}, "skipped": 2}
+    assert list(results["skipped_images"]) == [missing, truncated]
+    assert "not in" in results["skipped_images"][missing]
+    assert "cannot be read" in results["skipped_images"][truncated]
+    # The figures and answers are those of the pictures that are there.
+    there = [image for image in task.image_ids if image not in (missing, truncated)]
+    alone = run(chair_task(task.dataset, image_ids=there, max_new_tokens=4), tiny_model, tmp_path / "alone")
+    assert results["metrics"] == alone["metrics"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [line["sample"] for line in lines if "skipped" in line] == [1, 5, 1, 5]
+    assert run(task, tiny_model, tmp_path / "out")["metrics"] == results["metrics"]  # nothing left to do
+    # Not one picture of the first batch: the folder is wrong, and nothing is reported as if it were a result.
+    shutil.rmtree(folder / "images")
+    with pytest.raises(FileNotFoundError, match="put the pictures into one of these"):
+        run(task, tiny_model, tmp_path / "empty")
+    assert json.loads((tmp_path / "empty" / "results.json").read_text())["metrics"] == {}
 
-    def load(image_id: int) -> Any:
-        if image_id == last:
-            raise FileNotFoundError(f"{image_id}.png: no such image")
-        return dataset.load_image(image_id)
 
-    broken = CocoDataset(dataset.name, dataset.instances, dataset.captions, load)
-    with pytest.raises(FileNotFoundError, match=str(last)):
-        run(chair_task(broken, max_new_tokens=4), tiny_model, tmp_path / "broken")
-    assert len((tmp_path / "broken" / "samples.jsonl").read_text().splitlines()) == 4
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_full_disk_loses_nothing_finished(dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path) -> None:
+    task = chair_task(dataset, max_new_tokens=6)
     run(task, tiny_model, tmp_path / "plain")
-    run(task, tiny_model, tmp_path / "broken")  # the picture is back
-    assert lasting(tmp_path / "broken") == lasting(tmp_path / "plain")
+    folder, kept = tmp_path / "full", tmp_path / "kept.jsonl"
+    samples = folder / "samples.jsonl"
+
+    def fill(label: str, count: int) -> None:
+        if count == 4 and not kept.exists():  # after the first batch, every write says that there is no space
+            samples.rename(kept)
+            samples.symlink_to("/dev/full")
+
+    with pytest.raises(
+        OSError, match=r"samples\.jsonl: cannot be written \(No space left on device\); .* same command"
+    ):
+        run(task, tiny_model, folder, progress=fill)
+    assert not vlm_attn.is_patched(tiny_model[0])
+    samples.unlink()
+    kept.rename(samples)
+    assert len(samples.read_text().splitlines()) == 4
+    run(task, tiny_model, folder)
+    assert lasting(folder) == lasting(tmp_path / "plain")
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -223,6 +223,12 @@ def _print_results(console: Any, results: dict[str, Any], folder: Path | None) -
     skipped = results["config"].get("questions_skipped", 0)
     if results["metrics"]:
         console.print(evals_module("report").results_table(results))
+    if "skipped_images" in results:
+        image, reason = next(iter(results["skipped_images"].items()))
+        console.print(
+            f"{results['counts']['skipped']} samples were skipped, as {len(results['skipped_images'])} pictures cannot be read "
+            f"(first: image {image}, {reason}); all are in results.json."
+        )
     if skipped:
         console.print(f"{skipped} questions about images that are not in the data were left out.")
     if "note" in results:
