@@ -7,7 +7,10 @@ from types import ModuleType
 
 #: What each extra of ``pip install "vlm-attn[...]"`` brings (module names) and what it is for.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
-    "evals": (("pycocotools", "scipy", "matplotlib", "simplemma", "accelerate"), "vlm-attn eval, score and report"),
+    "evals": (
+        ("pycocotools", "scipy", "matplotlib", "simplemma", "textblob", "accelerate"),
+        "vlm-attn eval, score and report",
+    ),
     "demo": (("gradio", "simplemma"), "vlm-attn demo: the browser demo"),
     "lmms": (("lmms_eval",), "tasks of lmms-eval with --model vlm_attn"),
     "clip": (("open_clip", "timm", "torchvision"), "CLIP scores and saliency from a CLIP model"),

@@ -38,7 +38,7 @@ PROMPT = "Please describe this image in detail."
 SCALES = {"length": 1.0}  # all other figures are in percent
 
 # A word with inner hyphens, a clitic ('s, 're), or one sign of punctuation: NLTK's word_tokenize in short.
-_TOKEN = re.compile(r"[^\W_]+(?:-[^\W_]+)*|'[^\W_]+|[^\w\s]|_")
+TOKEN = re.compile(r"[^\W_]+(?:-[^\W_]+)*|'[^\W_]+|[^\w\s]|_")
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ class Vocabulary:
             return self.exceptions[word]
         if word in self._known or word.endswith("ing"):
             return word
-        return _lemmatize(word)
+        return lemmatize(word)
 
     def tokens(self, caption: str) -> list[tuple[str, int, int]]:
         """Base forms with their character positions, double words merged from left to right."""
-        words = [(self.lemma(match.group().lower()), match.start(), match.end()) for match in _TOKEN.finditer(caption)]
+        words = [(self.lemma(match.group().lower()), match.start(), match.end()) for match in TOKEN.finditer(caption)]
         merged: list[tuple[str, int, int]] = []
         position = 0
         while position < len(words):
@@ -130,7 +130,7 @@ class Vocabulary:
             (each with text, category, start, end, hallucinated) and ``truth``.
         """
         tokens = self.tokens(caption)
-        words = [word for word in _TOKEN.findall(caption.lower()) if word[0].isalnum()]
+        words = [word for word in TOKEN.findall(caption.lower()) if word[0].isalnum()]
         present = sorted({self.category_of.get(name, name) for name in truth})
         return {
             "length": len(tokens),
@@ -159,7 +159,8 @@ class Vocabulary:
 
 
 @lru_cache(maxsize=65536)
-def _lemmatize(word: str) -> str:
+def lemmatize(word: str) -> str:
+    """Base form of a lower-case English word."""
     return require("simplemma").lemmatize(word, lang="en")
 
 

@@ -244,13 +244,13 @@ class CocoDataset:
                 name=f"{folder.name}:{key}" if key else folder.name,
                 instances=instances,
                 captions=captions,
-                load_image=_FolderImages(folder, image_folders, instances),
+                load_image=FolderImages(folder, image_folders, instances),
             )
         except ValueError as error:
             raise ValueError(f"{instances_file}: {error}") from error
 
 
-class _FolderImages:
+class FolderImages:
     """Opens the picture of an image id from the first folder that holds it."""
 
     def __init__(self, root: Path, folders: Sequence[str], instances: dict[str, Any]) -> None:
@@ -260,6 +260,12 @@ class _FolderImages:
         }
 
     def __call__(self, image_id: int) -> Image.Image:
+        """The picture, as RGB.
+
+        Raises:
+            KeyError: no image of that id is annotated.
+            FileNotFoundError, ValueError: see `open_image`.
+        """
         if image_id not in self.names:
             raise KeyError(f"{self.root} has no image {image_id}")
         candidates = [self.root / folder / self.names[image_id] for folder in self.folders]

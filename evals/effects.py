@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_attn.evals import chair, pope
+from vlm_attn.evals import amber, chair, pope
 from vlm_attn.evals.coco import read_json
 from vlm_attn.evals.runner import TOP_LEVEL, read_records
 from vlm_attn.evals.specs import BASELINE, unknown
@@ -66,8 +66,17 @@ def _pope(records: Sequence[Record]) -> dict[str, Figure]:
     return figures
 
 
+def _amber(records: Sequence[Record]) -> dict[str, Figure]:
+    columns = amber.columns_of(records)
+    figures = {
+        f"{part}.{name}": Figure([pair]) for part, of in columns.items() for name, pair in of.items() if name != "safe"
+    }
+    pairs = amber.amber_score(columns)
+    return figures | ({} if pairs is None else {"amber.score": Figure(pairs)})
+
+
 #: Per evaluation: records of one method -> its figures.
-FIGURES: dict[str, Callable[[Sequence[Record]], dict[str, Figure]]] = {"chair": _chair, "pope": _pope}
+FIGURES: dict[str, Callable[[Sequence[Record]], dict[str, Figure]]] = {"chair": _chair, "pope": _pope, "amber": _amber}
 
 
 def read_runs(folder: str | Path, methods: Sequence[str] | None = None) -> list[Run]:
@@ -280,8 +289,8 @@ def by_category(name: str, records: Sequence[Record]) -> dict[str, dict[str, int
         records: of one method.
 
     Returns:
-        category -> ``invented`` and ``missed``. CHAIR: mentions of what is not there, and images with the object whose caption
-        does not name it. POPE: answers yes to what is not there, and other answers than yes to what is.
+        category -> ``invented`` and ``missed``. Captions (CHAIR, AMBER): mentions of what is not there, and images with the
+        object whose caption does not name it. POPE: answers yes to what is not there, and other answers than yes to what is.
     """
     counts: dict[str, dict[str, int]] = {}
 
@@ -293,11 +302,12 @@ def by_category(name: str, records: Sequence[Record]) -> dict[str, dict[str, int
             if not record["score"]["correct"]:
                 add(pope.asked_object(record["question"]), "invented" if record["label"] == "no" else "missed")
             continue
-        named = {mention["category"] for mention in record["score"].get("mentions", ())}
-        for mention in record["score"].get("mentions", ()):
+        mentions = record["score"].get("mentions", ())  # AMBER's questions are about more than objects: captions only
+        named = {mention["category"] for mention in mentions}
+        for mention in mentions:
             if mention["hallucinated"]:
                 add(mention["category"], "invented")
-        for category in record["score"].get("truth", ()):
+        for category in dict.fromkeys(record["score"].get("truth", ())):
             if category not in named:
                 add(category, "missed")
     return counts

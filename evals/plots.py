@@ -10,7 +10,10 @@ from vlm_attn.evals._extras import require
 from vlm_attn.evals.effects import Run, by_category
 
 #: Per evaluation: (what is invented, low is good; what is found, high is good), with their titles.
-FRONTIERS = {"chair": (("chair_i", "CHAIR_I, lower is better"), ("recall", "recall, higher is better"))}
+FRONTIERS = {
+    "chair": (("chair_i", "CHAIR_I, lower is better"), ("recall", "recall, higher is better")),
+    "amber": (("generative.chair", "AMBER's CHAIR, lower is better"), ("generative.cover", "Cover, higher is better")),
+}
 CATEGORIES = 20  # of the bars
 METHODS = 6  # of the bars
 

@@ -26,40 +26,53 @@ COLUMNS = {
         "f1": "F1 ↑",
         "length": "length",
     },
+    "amber": {
+        "chair": "CHAIR ↓",
+        "cover": "Cover ↑",
+        "hal": "Hal ↓",
+        "cog": "Cog ↓",
+        "accuracy": "accuracy",
+        "precision": "precision",
+        "recall": "recall",
+        "f1": "F1",
+        "score": "AMBER ↑",
+    },
 }
 
 
 def results_table(results: Mapping[str, Any]) -> Group:
-    """A table per split (POPE) or ground truth (CHAIR): one row per method, 95 % intervals below the values."""
-    config, counts, columns = results["config"], results["counts"], COLUMNS[results["eval"]]
-    pope = results["eval"] == "pope"
+    """A table per split (POPE), ground truth (CHAIR) or part (AMBER): a row per method, 95 % intervals below the values."""
+    config, counts, name = results["config"], results["counts"], results["eval"]
     groups = list(dict.fromkeys(group for metrics in results["metrics"].values() for group in metrics))
     # Not twice the same: the mean of one split, reference captions that name nothing beyond the annotations.
-    if (pope and len(groups) == 2) or (
-        not pope and all(len({str(m[group]) for group in groups}) == 1 for m in results["metrics"].values())
+    if (name == "pope" and len(groups) == 2) or (
+        name == "chair" and all(len({str(m[group]) for group in groups}) == 1 for m in results["metrics"].values())
     ):
         groups = groups[:1]
     tables: list[Table | Text] = []
     for group in groups:
-        name = {"mean": "mean of the splits"}.get(group, f"ground truth: {group}" if not pope else group)
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=name, title_justify="left", show_edge=False)
+        rows = {label: metrics[group] for label, metrics in results["metrics"].items() if group in metrics}
+        columns = {key: title for key, title in COLUMNS[name].items() if all(key in row for row in rows.values())}
+        unparsed = all("unparsed" in row for row in rows.values())
+        title = {"mean": "mean of the splits"}.get(group, f"ground truth: {group}" if name == "chair" else group)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", show_edge=False)
         table.add_column("", style="bold", overflow="fold", min_width=10)
         for title in columns.values():
             table.add_column(title, justify="right", no_wrap=True, min_width=9)
-        if pope:
+        if unparsed:
             table.add_column("unparsed", justify="right", no_wrap=True)
-        for label, metrics in results["metrics"].items():
+        for label, row in rows.items():
             finished, asked = counts["finished"][label], counts["samples"]
             part = "" if finished == asked else f"\n{finished} of {asked} done"
-            cells = [_cell(metrics[group][column]) for column in columns]
-            if pope:
-                cells.append(str(metrics[group]["unparsed"]))
-            table.add_row(label + part, *cells)
+            cells = [_cell(row[column]) for column in columns]
+            table.add_row(label + part, *cells, *([str(row["unparsed"])] if unparsed else []))
         tables += [table, Text("")]
-    title = f"{results['eval'].upper()} of {config['model']} on {config['data']}, {config['images']} images"
+    title = f"{name.upper()} of {config['model']} on {config['data']}, {config['images']} images"
     legend = "In percent, with the 95 % bootstrap interval over images."
-    if not pope:
-        legend += " Length in tokens. ↓ lower is better."
+    legend += {
+        "chair": " Length in tokens. ↓ lower is better.",
+        "amber": " Precision, recall and F1 of the answer no. ↓ lower is better.",
+    }.get(name, "")
     return Group(Text(title, style="bold"), *tables, Text(legend, style="dim"))
 
 
@@ -96,6 +109,15 @@ EFFECTS: dict[str, dict[str, str]] = {
         "length": "length",
         "distinct_1": "distinct-1 ↑",
     },
+    "amber": {
+        "generative.chair": "CHAIR ↓",
+        "generative.cover": "Cover ↑",
+        "generative.hal": "Hal ↓",
+        "generative.cog": "Cog ↓",
+        "discriminative.accuracy": "accuracy ↑",
+        "discriminative.f1": "F1 of no ↑",
+        "amber.score": "AMBER ↑",
+    },
 }
 POPE_FIGURES = {"accuracy": "accuracy ↑", "f1": "F1 ↑", "yes_ratio": "says yes"}
 
@@ -128,7 +150,7 @@ def effect_tables(effects: Mapping[str, Any]) -> Iterator[tuple[str, list[str], 
         yield "Cost", ["", *columns], [[[cell] for cell in row] for row in zip(methods, *columns.values(), strict=True)]
 
 
-NAMES = {"chair": "CHAIR", "pope": "POPE"}
+NAMES = {"chair": "CHAIR", "pope": "POPE", "amber": "AMBER"}
 LEGEND = (
     "In percent; length in tokens. Signed: the difference to {baseline}, with its 95 % interval (paired bootstrap over "
     "images); * where that holds no 0. Time: per generated token, its prompt included, over that of {baseline} in the same "
@@ -197,7 +219,9 @@ def notes(effects: Mapping[str, Any]) -> list[str]:
     lines = [LEGEND.format(baseline=effects["baseline"])] if effects["baseline"] else ["In percent; length in tokens."]
     for name, protocol in effects["evals"].items():
         facts = [f"{protocol['images']} images", f"prompt {protocol['prompt']!r}"]
-        facts += [f"{key.replace('_', ' ')} {protocol[key]}" for key in ("variant", "parser") if key in protocol]
+        facts += [
+            f"{key.replace('_', ' ')} {protocol[key]}" for key in ("variant", "parser", "similarity") if key in protocol
+        ]
         facts += [f"at most {protocol['max_new_tokens']} tokens", f"ids {protocol['image_ids_sha256'][:12]}"]
         if protocol["skipped"]:
             facts.append(f"{protocol['skipped']} samples skipped, their pictures cannot be read")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_attn.evals import chair, pope
+from vlm_attn.evals import amber, chair, pope
 from vlm_attn.evals._extras import require
 from vlm_attn.evals.coco import CocoDataset, read_jsonl
 from vlm_attn.evals.runner import SCHEMA_VERSION, versions
@@ -159,6 +159,75 @@ def score_pope(answers: str | Path, questions: Sequence[str | Path], *, parser: 
             "unanswered": len(asked) - len(samples),
         },
         "metrics": {label: pope.summarise(pope.by_split(samples))},
+        "samples": samples,
+    }
+
+
+def score_amber(
+    answers: str | Path, data: str | Path, *, parser: str = "official", similarity: str = "exact"
+) -> dict[str, Any]:
+    """AMBER of a file of answers.
+
+    Args:
+        answers: JSON array or lines with ``id`` (of the query) and ``response``.
+        data: AMBER's data folder.
+        parser: one of `amber.PARSERS`.
+        similarity: one of `amber.SIMILARITIES`.
+
+    Returns:
+        The fields of a results file. Answers to no query are counted in ``counts["skipped"]``, captions without a word in
+        ``empty``; queries without an answer are not asked for, as a part of AMBER may be scored alone.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is missing or malformed, a query answered twice, an unknown parser or
+            similarity, or no answer to any query.
+    """
+    for library in ("scipy", "simplemma", "textblob"):
+        require(library)
+    if parser not in amber.PARSERS:
+        raise ValueError(f"parser {parser!r}: expected one of {', '.join(amber.PARSERS)}")
+    parse, similar = amber.PARSERS[parser], amber.get_similarity(similarity)
+    loaded = amber.Amber.from_folder(data)
+    queries = {query.id: query for query in loaded.queries}
+    records, given = read_jsonl(answers), dict[int, str]()
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record.get("response"), str) or not isinstance(record.get("id"), int):
+            raise ValueError(f"{answers}, record {number}: needs 'id' (a number) and 'response' (a text)")
+        if record["id"] in given:
+            raise ValueError(f"{answers}, record {number}: a second answer to {record['id']}")
+        given[record["id"]] = record["response"]
+    samples = [
+        {
+            "image_id": query.image_id,
+            "id": query.id,
+            "kind": query.kind,
+            "question": query.text,
+            "label": query.label,
+            "answer": given[query.id],
+            "score": loaded.score(query, given[query.id], parse, similar),
+        }
+        for query in queries.values()
+        if query.id in given
+    ]
+    if not samples:
+        raise ValueError(f"{answers}: none of its {len(records)} answers is to a query of {loaded.name}")
+    label = Path(answers).stem
+    images = list(dict.fromkeys(sample["image_id"] for sample in samples))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "complete",
+        "eval": "amber",
+        "config": {"model": label, "data": loaded.name, "images": len(images), "similarity": similarity},
+        "versions": versions(),
+        "image_ids_sha256": image_ids_hash(images),
+        "parser": parser,
+        "counts": {
+            "samples": len(samples),
+            "finished": {label: len(samples)},
+            "skipped": len(given) - len(samples),
+            "empty": sum(not sample["answer"].strip() for sample in samples),
+        },
+        "metrics": {label: amber.summarise(samples)},
         "samples": samples,
     }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_attn.evals import chair, pope
+from vlm_attn.evals import amber, chair, pope
 from vlm_attn.evals._extras import require
 from vlm_attn.evals.coco import CocoDataset
 
@@ -31,7 +31,7 @@ class Task:
     """An evaluation.
 
     Args:
-        name: ``"pope"`` or ``"chair"``.
+        name: ``"pope"``, ``"chair"`` or ``"amber"``.
         dataset: where the pictures come from.
         samples: the full ordered list; batches are cut from it.
         max_new_tokens: length limit of an answer.
@@ -236,3 +236,59 @@ def chair_task(
     samples = [Sample(image, prompt) for image in drawn]
     config = {"prompt": prompt, "parser": "coco_objects", "variant": variant}
     return Task("chair", dataset, samples, max_new_tokens, config, score, summarise)
+
+
+def amber_task(
+    data: amber.Amber,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    parser: str = "official",
+    prompt: str = "{question}",
+    similarity: str = "exact",
+    max_new_tokens: int = 512,
+    image_ids: Sequence[int] | None = None,
+) -> Task:
+    """AMBER, captions and questions in the order of their ids.
+
+    Args:
+        data: AMBER's folder.
+        limit: number of images, drawn by the seed (default all).
+        seed: of the drawing.
+        parser: of the answers to questions, one of `amber.PARSERS`.
+        prompt: what the model is asked, with ``{question}`` for AMBER's text in it.
+        similarity: one of `amber.SIMILARITIES`.
+        max_new_tokens: length limit of a caption or answer.
+        image_ids: ask about these in place of drawing.
+
+    Raises:
+        ValueError: an id that the data do not have, an unknown parser or similarity, a prompt without ``{question}``.
+        ImportError: a library is missing.
+    """
+    for library in ("scipy", "simplemma", "textblob"):
+        require(library)  # now, not after hours of generating
+    if parser not in amber.PARSERS:
+        raise ValueError(f"parser {parser!r}: expected one of {', '.join(amber.PARSERS)}")
+    if "{question}" not in prompt:
+        raise ValueError(f"prompt {prompt!r}: an AMBER prompt needs {{question}} in it")
+    parse, similar = amber.PARSERS[parser], amber.get_similarity(similarity)
+    ids = chosen_ids(data.dataset, image_ids, limit)
+    if ids is None:
+        ids = data.dataset.image_ids
+        ids = ids if limit is None else random.Random(seed).sample(ids, min(limit, len(ids)))
+    wanted, queries = set(ids), {query.id: query for query in data.queries}
+    samples = [
+        Sample(
+            query.image_id,
+            prompt.replace("{question}", query.text),
+            {"id": query.id, "kind": query.kind, "question": query.text, "label": query.label},
+        )
+        for query in data.queries
+        if query.image_id in wanted
+    ]
+
+    def score(sample: Sample, answer: str) -> dict[str, Any]:
+        return data.score(queries[sample.facts["id"]], answer, parse, similar)
+
+    config = {"prompt": prompt, "parser": parser, "similarity": similarity}
+    return Task("amber", data.dataset, samples, max_new_tokens, config, score, amber.summarise)

@@ -43,6 +43,7 @@ class EvalName(StrEnum):
 
     pope = "pope"
     chair = "chair"
+    amber = "amber"
 
 
 def dataset_of(data: str, split: str | None) -> Any:
@@ -56,20 +57,20 @@ def dataset_of(data: str, split: str | None) -> Any:
 
 @app.command("eval")
 def evaluate(
-    evals: Annotated[list[EvalName], typer.Argument(help="What to measure.", metavar="pope|chair...")],
+    evals: Annotated[list[EvalName], typer.Argument(help="What to measure.", metavar="pope|chair|amber...")],
     model: Model = "scenes",
     method: Method = None,
     param: Param = None,
     preset: Preset = None,
     data: Annotated[
         str,
-        typer.Option(help="[b]scenes[/b], or a folder with COCO annotations and images."),
+        typer.Option(help="[b]scenes[/b], a folder with COCO annotations and images, or AMBER's data folder."),
     ] = "scenes",
     split: Annotated[
         str | None,
         typer.Option(help="scenes: validation or test. COCO: val2014, val2017 ...", show_default="validation"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of images.", show_default="500")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of images.", show_default="500; AMBER: all")] = None,
     seed: Annotated[int, typer.Option(help="Draws the images and POPE's questions.")] = 0,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per step.", show_default="8, for the bundled model 32")
@@ -92,7 +93,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Official POPE questions (JSON lines) in place of built ones. Repeats."),
     ] = None,
-    parser: Annotated[str, typer.Option(help="POPE answers: official, opera, vcd or strict.")] = "official",
+    parser: Annotated[str, typer.Option(help="Yes/no answers: official, opera, vcd or strict.")] = "official",
     variant: Annotated[
         str | None,
         typer.Option(
@@ -100,9 +101,10 @@ def evaluate(
             show_default="official where there are captions",
         ),
     ] = None,
+    similarity: Annotated[str, typer.Option(help="AMBER's words: exact, or spacy (its vectors).")] = "exact",
     prompt: Annotated[
         str | None,
-        typer.Option(help="What to ask; for POPE with {question} in it.", show_default="the protocol's"),
+        typer.Option(help="What to ask; for POPE and AMBER with {question} in it.", show_default="the protocol's"),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
     prune: Prune = None,
@@ -123,7 +125,8 @@ def evaluate(
 ) -> None:
     """Measure hallucination, by default of the plain model, gift and var side by side.
 
-    [b]pope[/b] asks whether an object is in the image; [b]chair[/b] counts the objects a caption makes up.
+    [b]pope[/b] asks whether an object is in the image; [b]chair[/b] counts the objects a caption makes up;
+    [b]amber[/b] does both on AMBER's images, which are not included.
 
     Example: [b]vlm-attn eval pope --limit 50 --method baseline --method gift --out results/pope[/b]
 
@@ -133,7 +136,9 @@ def evaluate(
     names = list(dict.fromkeys(name.value for name in evals))
     runs = evals_module("specs").with_pruning(method or usual(model, "baseline", "gift", "var"), prune)
     specs = evals_module("specs").parse_specs(runs, param or [], preset)
-    dataset = dataset_of(data, split)
+    if "amber" in names and (len(names) > 1 or data == "scenes"):
+        raise ValueError("amber has pictures of its own: run it by itself, with --data AMBER_DIR")
+    dataset = evals_module("amber").Amber.from_folder(data) if "amber" in names else dataset_of(data, split)
     image_ids = evals_module("tasks").read_image_ids(ids) if ids is not None else None
     tasks = []
     for name in names:
@@ -148,6 +153,8 @@ def evaluate(
                 read = evals_module("pope").read_questions
                 options["questions"] = [question for file in pope_file for question in read(file)]
             tasks.append(evals_module("tasks").pope_task(dataset, **options))
+        elif name == "amber":
+            tasks.append(evals_module("tasks").amber_task(dataset, parser=parser, similarity=similarity, **options))
         else:
             if data == "scenes":
                 options.setdefault("max_new_tokens", 64)  # its captions are one sentence
@@ -288,7 +295,7 @@ def report(
             evals_module("plots").plot_frontier(facts, out / f"frontier{suffix}.png"),
             evals_module("plots").plot_categories(world, list(facts["methods"]), out / f"categories{suffix}.png"),
         ]
-        dataset = _pictures_of(facts["data"], data, split)
+        dataset = _pictures_of(facts, data, split)
         console.print(tables.effects_group(facts))
         found.append(facts)
         texts.append(tables.effects_markdown(facts))
@@ -301,13 +308,15 @@ def report(
     console.print(f"Written: {out / 'report.html'}, {out / 'report.md'}", soft_wrap=True)
 
 
-def _pictures_of(name: str, data: Path | None, split: str | None) -> Any:
+def _pictures_of(facts: dict[str, Any], data: Path | None, split: str | None) -> Any:
     """The data behind a run, for its pictures; None where it is not at hand."""
+    name = facts["data"]
     if name.startswith("scenes:"):
         return dataset_of("scenes", name.removeprefix("scenes:"))
     if data is None:
         return None
-    dataset = dataset_of(str(data), split)
+    amber = evals_module("amber").Amber.from_folder(data) if "amber" in facts["evals"] else None
+    dataset = amber.dataset if amber else dataset_of(str(data), split)
     if dataset.name != name:
         raise ValueError(f"--data {data}: this is {dataset.name}, the run used {name}")
     return dataset
@@ -380,6 +389,36 @@ def score_chair(
         console.print(f"{results['counts']['skipped']} captions of images that are not in the data were left out.")
     if results["counts"]["empty"]:
         console.print(f"{results['counts']['empty']} captions are empty; they count, and name nothing.")
+
+
+@score_app.command("amber")
+def score_amber(
+    answers: Annotated[Path, typer.Option(help="JSON array or lines with id (of the query) and response.")],
+    data: Annotated[Path, typer.Option(help="AMBER's data folder (no images needed).")],
+    parser: Annotated[
+        str, typer.Option(help="official (Yes or No and nothing else), opera, vcd or strict.")
+    ] = "official",
+    similarity: Annotated[str, typer.Option(help="exact, or spacy (its vectors).")] = "exact",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
+    ] = None,
+) -> None:
+    """Score a file of answers with AMBER.
+
+    Example: [b]vlm-attn score amber --answers answers.json --data AMBER_DIR[/b]
+    """
+    results = evals_module("scoring").score_amber(answers, data, parser=parser, similarity=similarity)
+    console = console_of(stderr=str(json_file) == "-")
+    if json_file is not None:
+        write_json(json_file, results)
+    console.print(evals_module("report").results_table(results))
+    for count, text in (
+        ("skipped", "answers are to no query; they were left out"),
+        ("empty", "answers are empty; they count"),
+    ):
+        if results["counts"][count]:
+            console.print(f"{results['counts'][count]} {text}.")
 
 
 @app.command()
