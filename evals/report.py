@@ -53,7 +53,7 @@ def results_table(results: Mapping[str, Any]) -> Group:
     for group in groups:
         rows = {label: metrics[group] for label, metrics in results["metrics"].items() if group in metrics}
         columns = {key: title for key, title in COLUMNS[name].items() if all(key in row for row in rows.values())}
-        unparsed = all("unparsed" in row for row in rows.values())
+        unparsed = name != "chair" and all("unparsed" in row for row in rows.values())
         title = {"mean": "mean of the splits"}.get(group, f"ground truth: {group}" if name == "chair" else group)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", show_edge=False)
         table.add_column("", style="bold", overflow="fold", min_width=10)
