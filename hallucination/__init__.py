@@ -6,6 +6,7 @@ from vlm_attn.hallucination.gift import Gift
 from vlm_attn.hallucination.guidance import Guidance
 from vlm_attn.hallucination.head_guided import HeadGuided
 from vlm_attn.hallucination.icd import Icd
+from vlm_attn.hallucination.ilvad import Ilvad
 from vlm_attn.hallucination.masks import Bidirectional, Croc, Mma, PrefixLm, VisionBlock
 from vlm_attn.hallucination.mvp import Mvp
 from vlm_attn.hallucination.opera import Opera
@@ -25,6 +26,7 @@ __all__ = [
     "Guidance",
     "HeadGuided",
     "Icd",
+    "Ilvad",
     "Mma",
     "Mvp",
     "Opera",

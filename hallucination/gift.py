@@ -188,12 +188,26 @@ def saliency_map(
         per_head = (shift * informative[:, None, :, None]).sum(2)  # [B, H, P]
         kept = top_heads(per_head.sum(2), heads)
         total = total + (per_head * kept[..., None]).sum(1)
-    count = visual.sum(1, keepdim=True).clamp_min(1)
-    mean = (total * visual).sum(1, keepdim=True) / count
-    std = (((total - mean) * visual).square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
-    clipped = total.clamp(mean - clip_sigma * std, mean + clip_sigma * std)
-    low = clipped.masked_fill(~visual, math.inf).amin(1, keepdim=True)
-    high = clipped.masked_fill(~visual, -math.inf).amax(1, keepdim=True)
-    # Scale-free: the mean's divisors (heads, words, layers) cancel in the min-max scaling.
+    # Scale-free: the mean's divisors (heads, words, layers) cancel.
+    return normalised(total, visual, clip_sigma)
+
+
+def normalised(values: Tensor, where: Tensor, clip_sigma: float) -> Tensor:
+    """``[B, N]`` values clipped at mean +- ``clip_sigma`` (unbiased) standard deviations, then scaled to [0, 1].
+
+    Args:
+        values: ``[B, N]`` float32.
+        where: ``[B, N]`` bool: which of them count; the others become 0.
+        clip_sigma: see above.
+
+    Returns:
+        ``[B, N]`` float32; constant values become all zeros.
+    """
+    count = where.sum(1, keepdim=True).clamp_min(1)
+    mean = (values * where).sum(1, keepdim=True) / count
+    std = (((values - mean) * where).square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    clipped = values.clamp(mean - clip_sigma * std, mean + clip_sigma * std)
+    low = clipped.masked_fill(~where, math.inf).amin(1, keepdim=True)
+    high = clipped.masked_fill(~where, -math.inf).amax(1, keepdim=True)
     span = high - low
-    return torch.where(visual & (span > 0), (clipped - low) / span.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    return torch.where(where & (span > 0), (clipped - low) / span.clamp_min(torch.finfo(torch.float32).tiny), 0.0)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlm_attn.branch import Run, look
+from vlm_attn.branch import Run, answered, look
 from vlm_attn.call import Call
 from vlm_attn.families import image_marker_ids
 from vlm_attn.kernels import Group
@@ -173,12 +173,7 @@ def token_divergence(model: Any, inputs: Mapping[str, Any], answer: Sequence[int
     ids = inputs["input_ids"]
     if len(ids) != 1 or not len(answer):
         raise ValueError(f"one answer to one prompt is needed, got {len(answer)} tokens, {len(ids)} prompts")
-    tail = torch.tensor([list(answer)], device=ids.device)
-    whole = dict(inputs)
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.shape == ids.shape:
-            new = {"input_ids": tail, "attention_mask": torch.ones_like(tail)}.get(name, torch.zeros_like(tail))
-            whole[name] = torch.cat([value, new.to(value)], 1)
+    whole = answered(inputs, torch.tensor([list(answer)], device=ids.device))
     found: list[Tensor] = []
 
     def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ import vlm_attn
 from vlm_attn.call import Call
 from vlm_attn.families import family_of
 from vlm_attn.hallucination import gift as gift_file
+from vlm_attn.hallucination import ilvad as ilvad_file
 from vlm_attn.hallucination import vhr as vhr_file
 from vlm_attn.hallucination.var import Var
 from vlm_attn.kernels import Edit, ScoreEdit
@@ -156,6 +157,13 @@ def margins() -> Iterator[Margins]:
         found.add(value - self.tau)
         return read(self, hidden)
 
+    in_view = ilvad_file.in_view
+
+    def recorded_view(looks: Tensor, visual: Tensor, times: float) -> Tensor:
+        mean = (looks * visual).sum(-1, keepdim=True) / visual.sum(-1, keepdim=True)
+        found.add((looks - times * mean)[visual.expand_as(looks)])
+        return in_view(looks, visual, times)
+
     score = ScoreEdit.__call__
     outliers, upper_half = vhr_file.outliers, vhr_file.upper_half
 
@@ -180,6 +188,8 @@ def margins() -> Iterator[Margins]:
         patch.setattr(vhr_file, "upper_half", recorded_half)
         patch.setattr(ScoreEdit, "__call__", recorded_score)
         patch.setattr(gift_file, "top_heads", recorded_heads)
+        patch.setattr(ilvad_file, "top_heads", recorded_heads)
+        patch.setattr(ilvad_file, "in_view", recorded_view)
         patch.setattr(Var, "reweigh", recorded_gate)
         patch.setattr(Var, "read_tokens", recorded_sinks)
         yield found

@@ -190,7 +190,8 @@ def find_sinks(
     detector: SinkDetector = ByDirection(cosine)
     if by == "dimension":
         dims = sink_dims or presets.constants("var", engine.model_config, None).get("sink_dims")
-        hidden: int = engine.text_config.hidden_size  # type: ignore[assignment]
+        config: Any = engine.text_config
+        hidden = config.hidden_size
         if not dims or not all(0 <= dim < hidden for dim in dims):
             raise ValueError(
                 f"sink_dims={sink_dims}: the dimensions in which sinks are massive are needed, of 0..{hidden - 1}. Pass them, "

@@ -364,6 +364,18 @@ def with_tokens(run: Run, tokens: Tensor, at: list[int]) -> dict[str, Tensor]:
     }
 
 
+def answered(inputs: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:
+    """A prompt's inputs with tokens ``[B, n]`` behind every row; ``inputs_embeds`` stay as they are."""
+    shape = inputs["input_ids" if "input_ids" in inputs else "attention_mask"].shape
+    new = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
+    return {
+        name: torch.cat([value, new.get(name, torch.zeros_like(answer)).to(value)], 1)
+        if isinstance(value, Tensor) and value.shape == shape
+        else value
+        for name, value in inputs.items()
+    }
+
+
 def with_pixels(run: Run, change: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
     """The prompt with every picture changed.
 

@@ -25,6 +25,7 @@ METHODS = {
     "head_guided": "vlm_attn.hallucination.head_guided:HeadGuided",
     "holov": "vlm_attn.visual_token_ops.holov:HoloV",
     "icd": "vlm_attn.hallucination.icd:Icd",
+    "ilvad": "vlm_attn.hallucination.ilvad:Ilvad",
     "late_step": "vlm_attn.visual_token_ops.steps:LateStep",
     "layer_skip": "vlm_attn.visual_token_ops.layer_skip:LayerSkip",
     "mma": "vlm_attn.hallucination.masks:Mma",

@@ -1,0 +1,222 @@
+"""ILVAD (arXiv 2605.20965): places of the image that come into view from one layer to the next are evidence.
+
+The model first writes a few tokens of an answer. What they begin to look at, layer by layer, is boosted when the answer is
+written again, and so is text that has itself looked at the evidence: the engine of GIFT with another map.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vlm_attn.branch import Run, answered, encoded_once, look
+from vlm_attn.call import Call
+from vlm_attn.hallucination.gift import normalised, top_heads
+from vlm_attn.kernels import Edit
+from vlm_attn.method import Method, ModelFacts, at_depth, check_range, layer_tuple
+
+LATER, OTHER, VISUAL, TEXT, BOOSTED, WEIGHED, EVIDENCE = range(
+    7
+)  # segments; the last three weigh VISUAL and TEXT key by key
+TINY = 1e-20  # for heads that give the image nothing
+HEADS = 0.5  # share of heads that is used, for the map and for each of the two boosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ilvad(Method):
+    """Boost the places that the model's own first words begin to look at, and text that looked there.
+
+    Equation:
+        a[l,j] = mean over the tokens and the half of the heads with the most image mass of A, j in the image
+        b[l,j] = 1 where a[l,j] > tau mean_j a[l]
+        S[j]   = sum_l max(b[l+1,j] - b[l,j], 0)                  0 where mean_l a[l,j] is not above its mean; scaled to [0, 1]
+        A'[j]  = exp(alpha S[j]) A[j]                             j in the image, half of the heads: the highest S A / A
+        A'[i]  = (w[i] + beta) A[i]                               i text behind the image, half of the heads: the most text mass
+        w[i]   = sum over layers of S A_i, mean of the half of the heads with the highest S A_i / A_i, scaled to [0, 1]
+
+    Attributes:
+        alpha: strength on the image; the published runs use 5 (LLaVA-NeXT: 3). Range 0..20.
+        beta: what text that looked at no evidence is weighted with; 1 for questions, 0.2 to 0.5 for captions. Range (0, 100].
+        tau: how far above its layer's mean a place must be. Range 0..1000.
+        tokens: how many tokens are written first; all but the last are read. Range 2..1000.
+        layers: layers to edit; empty = 5..25 of 32, at the same depth of other models. Published for yes-no questions: 0..30.
+        clip_sigma: maps are clipped to their mean +- this many standard deviations before they are scaled to [0, 1].
+
+    Rows: the last prompt token and all later ones. The first words are greedy, whatever ``generate`` then does, and end at an
+    end token. Deviations from the released code: batched; the text's weights come from the rehearsal, whole, where the code's
+    grow with every token and layer, and all generated tokens share one, the mean of the words of the rehearsal. A later turn
+    keeps the map and the weights of the first. Cost: ``tokens`` tokens, and two more prompts (their picture is encoded once).
+    """
+
+    name: ClassVar[str] = "ilvad"
+    paper: ClassVar[str] = "ILVAD, arXiv 2605.20965"
+
+    alpha: float = 5.0
+    beta: float = 1.0
+    tau: float = 5.0
+    tokens: int = 10
+    layers: tuple[int, ...] = ()
+    clip_sigma: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0, 20)
+        check_range(self, "beta", 0, 100, open_low=True)
+        check_range(self, "tau", 0, 1000)
+        check_range(self, "tokens", 2, 1000)
+        check_range(self, "clip_sigma", 0, 100, open_low=True)
+        layer_tuple(self, "layers", empty=True)
+
+    @property
+    def neutral(self) -> bool:
+        """``alpha=0`` finds no evidence, and then ``beta=1`` leaves the text alone."""
+        return self.alpha == 0 and self.beta == 1
+
+    def bind(self, facts: ModelFacts) -> Ilvad:
+        """Check the layers; without any, those of the released code for captions."""
+        return at_depth(self, facts, 5, 26)
+
+    def start(self, call: Call, processor: Any) -> None:
+        """A later turn needs the map of the call that filled its cache."""
+        if call.first and (call.earlier is None or "saliency" not in call.earlier.memory(self)):
+            raise ValueError(
+                "ilvad: the cache passed in was filled without ilvad, so its evidence is unknown. "
+                "Run the first turn with the same patched model, or pass no cache"
+            )
+
+    def rehearse(self, run: Run) -> None:
+        """Write the first words, then see which text looked at the evidence.
+
+        Kept are ``saliency`` and ``weight`` ``[B0, P]`` of the prompt's columns, and ``later`` ``[B0]`` of generated text.
+        """
+        call, memory = run.call, run.call.memory(self)
+        if call.first:
+            known = call.earlier.memory(self)  # type: ignore[union-attr]
+            memory |= {name: known[name] for name in ("saliency", "weight", "later")}
+            for name, rest in (("saliency", torch.zeros_like(known["later"])), ("weight", known["later"])):
+                wide = rest[:, None].repeat(1, call.prompt.length)
+                wide[:, : call.first] = known[name][:, : call.first]
+                memory[name] = wide
+            return
+        length, text = call.prompt.length, call.prompt.text_after_image
+        with encoded_once(run.model):
+            words, seen, there = self.first_words(run)
+            saliency = evidence_map(seen, there, call.prompt.visual, tau=self.tau, clip_sigma=self.clip_sigma)
+            looked = self.looked(run, words, torch.cat([text, pad(there, (0, 1))], 1), saliency)
+        memory["saliency"] = saliency
+        memory["weight"] = torch.where(text, looked[:, :length] + self.beta, 1.0)
+        memory["later"] = looked[:, length:].sum(1) / there.sum(1).clamp_min(1) + self.beta
+
+    def first_words(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """Greedy words ``[B0, n]``, and what the rows of all but the last give the image.
+
+        Returns:
+            The words; ``[L, B0, n - 1, P]``, mean of the chosen heads; ``[B0, n - 1]`` which of these rows stand before an end
+            token.
+        """
+        visual = run.call.prompt.visual
+        seen: defaultdict[int, list[Tensor]] = defaultdict(list)
+
+        def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+            if out.shape[1] == 1:
+                attention = attend()[:, :, 0]  # [B, H, S]; a sliding layer's cache has dropped its oldest keys
+                gone = visual.shape[1] + len(seen[layer]) + 1 - attention.shape[2]
+                attention = pad(attention, (gone, 0))[..., : visual.shape[1]] * visual[:, None]
+                kept = top_heads(attention.sum(-1), HEADS)
+                seen[layer].append((attention * kept[..., None]).sum(1) / kept.sum(1, keepdim=True))
+            return out
+
+        ends = {name: run.option(name) for name in ("eos_token_id", "pad_token_id")}
+        with run.engine.aside(tap=tap), torch.no_grad():
+            out = run.model.generate(**run.inputs, do_sample=False, num_beams=1, max_new_tokens=self.tokens, **ends)
+        rows = [torch.stack(steps, 1) for _, steps in sorted(seen.items())]
+        rows = rows or [torch.zeros(len(out), 0, visual.shape[1], device=visual.device)]  # an end token at once
+        words = out[:, -rows[0].shape[1] - 1 :]
+        stop = torch.as_tensor(
+            [] if ends["eos_token_id"] is None else ends["eos_token_id"], device=words.device
+        ).flatten()
+        there = torch.isin(words[:, :-1], stop).cumsum(1) == 0
+        return words, torch.stack(rows), there.to(visual.device)
+
+    def looked(self, run: Run, words: Tensor, text: Tensor, saliency: Tensor) -> Tensor:
+        """How much each token looks at the evidence, in [0, 1], from a plain forward of the prompt with the words behind it.
+
+        Args:
+            run: the run.
+            words: ``[B0, n]``.
+            text: ``[B0, P + n]`` bool: which tokens are compared; the others get 0.
+            saliency: ``[B0, P]``.
+
+        Returns:
+            ``[B0, P + n]`` float32.
+        """
+        visual, first = run.call.prompt.visual, int(text.any(0).int().argmax())
+        total = torch.zeros_like(text, dtype=torch.float32)
+
+        def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+            attention = attend(slice(first, None))[..., : visual.shape[1]]  # [B, H, R, P]
+            evidence = torch.einsum("bhrp,bp->bhr", attention, self.alpha * saliency) * text[:, None, first:]
+            mass = torch.einsum("bhrp,bp->bhr", attention, visual.float())
+            kept = top_heads(evidence / mass.clamp_min(TINY), HEADS)
+            total[:, first:] += (evidence * kept).sum(1) / kept.sum(1)
+            return out
+
+        inputs = answered(run.inputs, words)
+        if "inputs_embeds" in inputs:
+            more = run.model.get_input_embeddings()(words)
+            inputs["inputs_embeds"] = torch.cat([inputs["inputs_embeds"], more.to(inputs["inputs_embeds"])], 1)
+        look(run, inputs, tap)
+        return normalised(total, text, self.clip_sigma)
+
+    def edit(self, call: Call, layer: int) -> Edit | None:
+        """The same edit at every edited layer."""
+        return call.once(self, lambda: self.boost(call)) if layer in self.layers else None
+
+    def boost(self, call: Call) -> Edit:
+        """The partition of the keys, and what its policy needs to know."""
+        memory, times = call.memory(self), call.batch // call.prompt.batch
+        visual, text = call.layout.visual, call.layout.text_after_image
+        saliency, weight, later = (memory[name].repeat_interleave(times, 0) for name in ("saliency", "weight", "later"))
+        columns = [torch.zeros_like(visual), ~visual & ~text, visual, text]
+        columns += [visual * (self.alpha * saliency).exp(), text * weight, visual * saliency]
+        return Edit(
+            torch.stack([column.float() for column in columns], -1), partial(self.reweigh, later[:, None, None])
+        )
+
+    def reweigh(self, later: Tensor, mass: Tensor) -> Tensor:
+        """``[B, H, Q, 7]`` masses to weights; ``later [B, 1, 1]`` is the weight of generated text."""
+        looks = top_heads(mass[..., EVIDENCE] / mass[..., VISUAL].clamp_min(TINY), HEADS)
+        asks = top_heads(mass[..., TEXT] + mass[..., LATER], HEADS)
+        one = torch.ones_like(mass[..., 0])
+        return torch.stack([torch.where(asks, later, 1.0), one, ~looks, ~asks, looks, asks, 0 * one], -1)
+
+
+def evidence_map(seen: Tensor, there: Tensor, visual: Tensor, *, tau: float, clip_sigma: float) -> Tensor:
+    """The places that come into view from one layer to the next.
+
+    Args:
+        seen: ``[L, B, n, P]`` what each of n rows gives the image, mean of the chosen heads.
+        there: ``[B, n]`` bool: which rows count.
+        visual: ``[B, P]`` bool.
+        tau: how far above the mean of its layer a place is in view.
+        clip_sigma: see :func:`~vlm_attn.hallucination.gift.normalised`.
+
+    Returns:
+        ``[B, P]`` float32 in [0, 1]; all zeros where no row counts.
+    """
+    looks = (seen * there[..., None]).sum(2) / there.sum(1).clamp_min(1)[:, None]  # [L, B, P]
+    view = in_view(looks, visual, tau).float()
+    often = in_view(looks.mean(0), visual, 1.0)
+    return normalised((view[1:] - view[:-1]).clamp_min(0).sum(0) * often, visual, clip_sigma)
+
+
+def in_view(looks: Tensor, visual: Tensor, times: float) -> Tensor:
+    """``[..., B, P]`` where attention is above so many times its mean over the image ``visual [B, P]``."""
+    mean = (looks * visual).sum(-1, keepdim=True) / visual.sum(-1, keepdim=True).clamp_min(1)
+    return (looks > times * mean) & visual
