@@ -106,6 +106,7 @@ class ScoreEdit(Columns):
         super().__init__(weight[..., None])
         self.of = of
         self.from_row = from_row
+        self.head_mean: Policy = _head_mean
 
     def weights(self, length: int, rows: int, offset: int | Tensor = 0, row: int | Tensor = 0) -> Tensor:
         """w of every row and key, ``[B, rows or 1, length]``."""
@@ -120,8 +121,13 @@ class ScoreEdit(Columns):
         weight = self.weights(logits.shape[3], logits.shape[2], offset, row)[:, None].to(logits.dtype)
         size = logits if self.of == "logit" else logits.abs()
         if self.of == "head_mean":
-            size = size.mean(1, keepdim=True)
+            size = self.head_mean(size)
         return torch.addcmul(logits, weight, size)
+
+
+def _head_mean(size: Tensor) -> Tensor:
+    """``[B, H, Q, S]`` to ``[B, 1, Q, S]``."""
+    return size.mean(1, keepdim=True)
 
 
 def one_hot_segments(ids: Tensor, count: int, twin_of: int | None = None, log_weight: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from vlm_attn.kernels import attention_rows, edited_attention
 if TYPE_CHECKING:
     from vlm_attn.call import Call
     from vlm_attn.engine import Engine, Tap
+    from vlm_attn.sharding import Heads
 
 TAG = "_vlm_attn"
 ROWS_AT_ONCE = 64  # prompt rows edited per step: bounds the [B, H, rows, S] scores
@@ -37,6 +38,11 @@ class Tag:
     layer: int
     base: str
     canvas: bool = False  # a layer of a canvas decoder: no prompt row runs in it
+
+    @property
+    def heads(self) -> Heads:
+        """Which of the layer's heads run in this process."""
+        return self.engine.heads[self.layer]
 
 
 def vlm_attention(
@@ -100,7 +106,7 @@ def vlm_attention(
 
     def scaled(out: Tensor) -> Tensor:
         factor = tag.engine.head_scale(call, tag.layer)
-        return out if factor is None else scale_heads(out, factor)
+        return out if factor is None else scale_heads(out, tag.heads.own(factor))
 
     if call.mode == "edited":
         edits = tag.engine.edits(call, tag.layer)
@@ -115,7 +121,7 @@ def vlm_attention(
             return edited_attention(query, key, value, edits, mask=mask, offset=offset, row=call.past, **shared)
 
         if tag.engine.watch is not None:
-            tag.engine.watch(tag.layer, attend, value, offset)
+            tag.engine.watch(tag.layer, lambda value: tag.heads.all(attend(value)), value, offset)
             if not edits:
                 return scaled(plain()[0]), None
         out = attend(value)
@@ -129,8 +135,8 @@ def vlm_attention(
     for method in tag.engine.readers(tag.layer):
         rows, valid = call.find_rows(method.read_rows(call))
         if valid.any():
-            attention = attention_rows(
-                _take(query, rows), key, mask=_rows_mask(call, attention_mask, key, rows), **shared
+            attention = tag.heads.all(
+                attention_rows(_take(query, rows), key, mask=_rows_mask(call, attention_mask, key, rows), **shared)
             )
             call.store_rows(method, tag.layer, attention, valid, int(_offset(module, call, key)))
     edits = tag.engine.edits(call, tag.layer) if call.ahead is None else []
@@ -184,10 +190,12 @@ def _tapped(
         if seen is None:  # "no mask" means causal
             size = query.shape[2], key.shape[2]
             seen = torch.ones(size, dtype=torch.bool, device=key.device).tril(size[1] - size[0])[None, None]
-        return attention_rows(query[:, :, rows], key, mask=seen[:, :, rows], scale=scale, softcap=softcap)
+        return tag.heads.all(
+            attention_rows(query[:, :, rows], key, mask=seen[:, :, rows], scale=scale, softcap=softcap)
+        )
 
     out, weights = plain()
-    return tap(tag.layer, out, attend), weights
+    return tag.heads.own(tap(tag.layer, tag.heads.all(out, 2), attend), 2), weights
 
 
 def _base_of(module: nn.Module) -> str:

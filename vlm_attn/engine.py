@@ -30,6 +30,7 @@ from vlm_attn.kernels.masks import Mask
 from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
 from vlm_attn.method import Method
 from vlm_attn.reduction import KeptImage, Reducer
+from vlm_attn.sharding import Heads
 from vlm_attn.tower import on_tokens
 
 # (layer, out [B, Q, H, D], attention [B, H, R, S] of some rows on demand, of the last one by default) -> out
@@ -59,6 +60,7 @@ class Engine:
         self.canvas = host.canvas_decoder(
             model
         )  # reads the prompt's cache beside a canvas, in a model that denoises one
+        self.heads: dict[int, Heads] = {}  # of every layer with attention, those that run in this process
         self.methods = tuple(methods)
         self.processor = processor
         self.template = template
@@ -141,6 +143,7 @@ class Engine:
             weighed = [edit for edit in edits if isinstance(edit, Edit)]
             if len(weighed) > 1 and (one := merged(weighed)) is not None:  # one pass over the keys for all of them
                 edits = [*(edit for edit in edits if isinstance(edit, ScoreEdit)), one]
+        edits = [self.heads[layer].edit(edit) for edit in edits if layer in self.heads]
         if call.done:
             call.edits[layer] = edits
         return edits

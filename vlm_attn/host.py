@@ -146,6 +146,11 @@ def restore(undo: list[tuple[nn.Module, str, Any]]) -> None:
         setattr(module, attribute, value)
 
 
+def processes(model: Any) -> int:
+    """Over how many processes the host has spread a model's layers (tensor parallelism); 1 = it has not."""
+    return getattr(model, "_tp_size", None) or 1
+
+
 def is_causal(text_config: Any) -> bool:
     """Whether every layer is ordinary causal attention: no sliding windows, chunks or linear layers, no bidirectional mode."""
     kinds = getattr(text_config, "layer_types", None) or ["full_attention"]

@@ -26,6 +26,7 @@ from vlm_attn.families import (
 from vlm_attn.layout import is_span
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.reduction import KeptImage, Reducer
+from vlm_attn.sharding import check_sharding, heads_of
 from vlm_attn.tower import Merger, VisionHook
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -83,6 +84,7 @@ def patch(
     else:
         base = previous.base
         text_model, layers, attentions = find_decoder(model, previous.text_config)
+    shards = {index: heads_of(attention) for index, attention in attentions}
     images = image_token_ids(top)
     facts = ModelFacts(
         model_type=top.model_type,
@@ -106,6 +108,7 @@ def patch(
     for reducer in reducers:
         check_reducible(top, reducer)
     seen = {layer: cls_attention_module(model, top, layer, m.name) for m in methods for layer in m.cls_layers}
+    check_sharding(facts.heads, shards, [heads_of(module) for module in seen.values()], host.processes(model))
     merging = [m.name for m in reducers if m.merges and not m.neutral]
     if merging and seen:
         readers = "+".join(m.name for m in methods if m.cls_layers)
@@ -126,7 +129,7 @@ def patch(
     if previous is not None:
         unpatch(model)
     engine = Engine(model, text_model, methods, processor=processor, template=template, query_span=query_span)
-    engine.base = base
+    engine.base, engine.heads = base, shards
     engine.undo = host.own_configs(model, text_config, base)
     engine.text_config = text_model.config
     for index, attention in attentions:
