@@ -65,6 +65,14 @@ class Columns:
         new.segments = self.segments.gather(1, index)
         return new
 
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        if self.segments.device == device:
+            return self
+        new = copy.copy(self)
+        new.segments = self.segments.to(device)
+        return new
+
 
 class Edit(Columns):
     """One method's edit of one layer: a partition of the keys and the policy that weighs its segments.
@@ -163,7 +171,7 @@ class Product:
 
     def __call__(self, mass: Tensor) -> Tensor:
         """Weights of masses ``[B, H, Q, C]``, of that shape."""
-        weights = [policy(mass @ sums.to(mass))[..., index] for policy, sums, index in self.parts]
+        weights = [policy(mass @ sums.to(mass))[..., index.to(mass.device)] for policy, sums, index in self.parts]
         return torch.stack(weights).prod(0)
 
 

@@ -109,7 +109,7 @@ def vlm_attention(
         return out if factor is None else scale_heads(out, tag.heads.own(factor))
 
     if call.mode == "edited":
-        edits = tag.engine.edits(call, tag.layer)
+        edits = tag.engine.edits(call, tag.layer, query.device)
         if not edits and tag.engine.watch is None:
             return scaled(plain()[0]), None
         mask = attention_mask
@@ -133,15 +133,15 @@ def vlm_attention(
 
     out, weights = plain() if call.ahead is None else (query.transpose(1, 2), None)
     for method in tag.engine.readers(tag.layer):
-        rows, valid = call.find_rows(method.read_rows(call))
+        rows, valid = (part.to(query.device) for part in call.find_rows(method.read_rows(call)))
         if valid.any():
             attention = tag.heads.all(
                 attention_rows(_take(query, rows), key, mask=_rows_mask(call, attention_mask, key, rows), **shared)
             )
             call.store_rows(method, tag.layer, attention, valid, int(_offset(module, call, key)))
-    edits = tag.engine.edits(call, tag.layer) if call.ahead is None else []
+    edits = tag.engine.edits(call, tag.layer, query.device) if call.ahead is None else []
     if edits:
-        for rows, valid in _text_rows(call):
+        for rows, valid in _text_rows(call, query.device):
             edited = edited_attention(
                 _take(query, rows),
                 key,
@@ -170,7 +170,7 @@ def _drawn(
 
 def scale_heads(out: Tensor, factor: Tensor) -> Tensor:
     """``[B, Q, H, D]`` outputs of the heads times ``[B, H]``."""
-    return out * factor.to(out.dtype)[:, None, :, None]
+    return out * factor.to(out)[:, None, :, None]
 
 
 def _tapped(
@@ -241,7 +241,7 @@ def _rows_mask(call: Call, mask: Tensor | None, key: Tensor, rows: Tensor) -> Te
     return mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
 
 
-def _text_rows(call: Call) -> list[tuple[Tensor, Tensor]]:
+def _text_rows(call: Call, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """The text rows of this forward from the first image on, a bounded number at a time: ``(rows, valid)``, each ``[B, R]``."""
     first, stop = int(call.past), int(call.past) + call.length
     wanted = nn.functional.pad(call.layout.text_after_image, (0, max(0, stop - call.prompt.length)), value=True)
@@ -252,7 +252,7 @@ def _text_rows(call: Call) -> list[tuple[Tensor, Tensor]]:
         wanted = wanted.gather(1, call.reduction.rows)
     count = int(wanted.sum(1).max())
     order = wanted.argsort(dim=1, descending=True, stable=True)[:, :count]
-    valid = wanted.gather(1, order).bool()
+    order, valid = order.to(device), wanted.gather(1, order).bool().to(device)
     return list(zip(order.split(ROWS_AT_ONCE, 1), valid.split(ROWS_AT_ONCE, 1), strict=True)) if count else []
 
 

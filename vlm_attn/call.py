@@ -67,6 +67,7 @@ class Call:
         cached_prompt: whether a cache holds it, so that what follows comes with that cache.
         past: columns before this forward; a tensor under a static cache while decoding.
         length: rows of this forward.
+        ran: whether any of the prompt has run.
         first: columns that were in the cache when the call began.
         earlier: the call that filled those columns, if it is known.
         edits: the edits of each layer from the end of the prompt on.
@@ -91,6 +92,7 @@ class Call:
     cached_prompt: bool = False
     past: int | Tensor = 0
     length: int = 0
+    ran: bool = False
     first: int = 0
     earlier: Call | None = None
     batch: int = 0
@@ -139,7 +141,7 @@ class Call:
 
     def restart(self) -> None:
         """Forget what was read: the whole sequence runs again (``use_cache=False``)."""
-        self.done, self.reduction = False, None
+        self.done, self.ran, self.reduction = False, False, None
         for read in (self.edits, self._rows, self._tokens):
             read.clear()
 
@@ -148,6 +150,7 @@ class Call:
     def store_rows(self, method: Method, layer: int, attention: Tensor, valid: Tensor, offset: int) -> None:
         """Keep attention ``[B, H, R, S]`` of the read rows where ``valid [B, R]``; key 0 is column ``offset``."""
         key = (method.name, layer)
+        attention, valid = (part.to(self.prompt.group.device) for part in (attention, valid))  # layers may lie on several
         if self.reduction is not None:
             attention = self.reduction.spread_keys(layer, attention)
         size = (*attention.shape[:3], self.prompt.length)
@@ -191,7 +194,7 @@ class Call:
 
     def store_tokens(self, method: Method, layer: int, values: Tensor) -> None:
         """Keep one value per token ``[B, Q]`` of this forward."""
-        key = (method.name, layer)
+        key, values = (method.name, layer), values.to(self.prompt.group.device)
         if key not in self._tokens or self._tokens[key].shape[0] != values.shape[0]:
             self._tokens[key] = values.new_zeros(values.shape[0], self.prompt.length)
             if self.first and self.earlier is not None:

@@ -131,10 +131,17 @@ class Engine:
         """Whether visual tokens are taken away."""
         return any(isinstance(m, Reducer) for m in self.active)
 
-    def edits(self, call: Call, layer: int) -> list[Edit | ScoreEdit]:
-        """Edits of a layer for the rows that run now, in the methods' order. They stay the same once the prompt has run."""
-        if layer in call.edits:
-            return call.edits[layer]
+    def edits(self, call: Call, layer: int, device: torch.device | None = None) -> list[Edit | ScoreEdit]:
+        """Edits of a layer for the rows that run now, in the methods' order, on the device it runs on. They stay the same once
+        the prompt has run."""
+        edits = call.edits[layer] if layer in call.edits else self._new_edits(call, layer)
+        if device is not None:
+            edits = [edit.to(device) for edit in edits]
+        if call.done:
+            call.edits[layer] = edits
+        return edits
+
+    def _new_edits(self, call: Call, layer: int) -> list[Edit | ScoreEdit]:
         now = [m for m in call.methods if call.done or call.mode == "edited" or m.edited_rows == "text"]
         edits = [edit for m in now if (edit := m.edit(call, layer)) is not None]
         if edits and call.reduction is not None:
@@ -143,10 +150,7 @@ class Engine:
             weighed = [edit for edit in edits if isinstance(edit, Edit)]
             if len(weighed) > 1 and (one := merged(weighed)) is not None:  # one pass over the keys for all of them
                 edits = [*(edit for edit in edits if isinstance(edit, ScoreEdit)), one]
-        edits = [self.heads[layer].edit(edit) for edit in edits if layer in self.heads]
-        if call.done:
-            call.edits[layer] = edits
-        return edits
+        return [self.heads[layer].edit(edit) for edit in edits if layer in self.heads]
 
     def head_scale(self, call: Call, layer: int) -> Tensor | None:
         """Factors ``[B, H]`` on the heads of a layer, the methods' together; None = 1."""
@@ -294,6 +298,11 @@ class Engine:
         config = inputs.get("generation_config") or getattr(model, "generation_config", None)
         if inputs.get("output_attentions") is None and getattr(config, "output_attentions", False):
             inputs["output_attentions"] = True
+        if "prepare_inputs_for_generation" in vars(model):
+            raise NotImplementedError(
+                "the inputs of this model's generate() are prepared by something else, which may put virtual tokens into the "
+                "prompt (prompt tuning): leave it out, or unpatch the model"
+            )
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             raise ValueError("a patched model generates from input_ids or inputs_embeds; neither was given")
         with self.running(inputs) as call:
@@ -331,6 +340,7 @@ class Engine:
         """A bare forward starts a call, or goes on with the one its cache remembers."""
         if not self.active or self._inside():
             return
+        module = host.inside(module)
         alone = next((m.name for m in self.active if isinstance(m, Decoding)), None)
         if alone is not None:
             raise NotImplementedError(
@@ -346,6 +356,11 @@ class Engine:
             goes_on = known is not None and known.done and known.methods == self.active
             if goes_on and inputs.get("pixel_values") is None and host.cached_length(cache):
                 self.call = known
+            elif host.cached_length(cache):
+                raise ValueError(
+                    "a bare forward on a cache that was filled by other methods, or by the plain model: its prompt is not known. "
+                    "Call generate() with the ids of the whole conversation, or pass no cache"
+                )
             else:
                 self.call = self.build_call(inputs)
                 self.rehearse(Run(self, module, self.call, inputs))
@@ -367,7 +382,7 @@ class Engine:
             if self.active:
                 raise RuntimeError(
                     "the text model of a patched model was called on its own, so the prompt is unknown: "
-                    "call the model that was given to patch()"
+                    "call the model that was given to patch() (patch a PEFT model after it is wrapped)"
                 )
             return None
         kwargs = {**_named(module, args), **kwargs}
@@ -390,7 +405,13 @@ class Engine:
         if call.done:
             call.restart()
         call.mode = "prompt"
-        call.past = past = host.cached_length(cache)
+        past = host.cached_length(cache)
+        if not call.ran and past != call.first:
+            raise NotImplementedError(
+                f"the cache holds {past} columns, but the prompt goes on from {call.first}: something puts columns in that "
+                "the prompt does not name (prefix tuning), so they cannot be told apart"
+            )
+        call.past, call.ran = past, True
         end, prompt = past + call.length, call.prompt.length
         if self.reduces and (end < prompt or past != call.first):
             raise NotImplementedError(

@@ -146,6 +146,29 @@ def restore(undo: list[tuple[nn.Module, str, Any]]) -> None:
         setattr(module, attribute, value)
 
 
+def inside(model: Any) -> Any:
+    """The model inside wrappers that run it as it is: ``torch.compile``, ``DistributedDataParallel``, PEFT's adapters.
+
+    Raises:
+        NotImplementedError: a PEFT model that puts virtual tokens into the prompt.
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in getattr(model, "_modules", ()):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            adapter = getattr(model, "active_peft_config", None)
+            if getattr(adapter, "is_prompt_learning", False):
+                raise NotImplementedError(
+                    f"{type(adapter).__name__} puts virtual tokens before the prompt, so its columns cannot "
+                    "be known: use an adapter of another kind (LoRA), or none"
+                )
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def processes(model: Any) -> int:
     """Over how many processes the host has spread a model's layers (tensor parallelism); 1 = it has not."""
     return getattr(model, "_tp_size", None) or 1

@@ -47,7 +47,8 @@ def patch(
     """Edit how a vision-language model attends while it generates. Everything else about the model stays as it is.
 
     Args:
-        model: a Hugging Face image-text-to-text model.
+        model: a Hugging Face image-text-to-text model, also inside ``torch.compile``, ``DistributedDataParallel`` or PEFT:
+            what is patched is the model inside.
         method: a registered name (see :func:`vlm_attn.methods`), an instance, or a list of either, applied in order.
         processor: the model's processor; its chat template tells where the question stands and where the template's
             tail begins. Without it, the question is all text after the last image.
@@ -73,6 +74,7 @@ def patch(
         raise ValueError(
             f"the model is already patched with {names!r}: call vlm_attn.unpatch(model) first, or pass replace=True"
         )
+    wrapper, model = model, host.inside(model)
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"patch() takes a Hugging Face model, got {type(model).__name__}")
     previous = engine_of(model) if is_patched(model) else None
@@ -136,9 +138,10 @@ def patch(
         setattr(attention, TAG, Tag(engine, index, base))
     for index, layer in enumerate(canvas.layers if canvas is not None else ()):  # type: ignore[arg-type,union-attr]
         setattr(layer.self_attn, TAG, Tag(engine, index, base, canvas=True))
+    entries = [model, *([wrapper] if hasattr(wrapper, "get_base_model") else [])]  # PEFT goes by the model's hooks
     engine.handles = [
-        model.register_forward_pre_hook(engine.before_model, with_kwargs=True),
-        model.register_forward_hook(engine.after_model, with_kwargs=True, always_call=True),
+        *(entry.register_forward_pre_hook(engine.before_model, with_kwargs=True) for entry in entries),
+        *(entry.register_forward_hook(engine.after_model, with_kwargs=True, always_call=True) for entry in entries),
         text_model.register_forward_pre_hook(engine.before_text, with_kwargs=True),
         text_model.register_forward_hook(engine.after_text, with_kwargs=True),
     ]
@@ -161,7 +164,7 @@ def patch(
         if hasattr(type(model), name):
             setattr(model, name, partial(_refuse_batching, model))
     host.warn_if_untested()
-    return model
+    return wrapper
 
 
 def unpatch(model: Model) -> Model:
@@ -170,15 +173,15 @@ def unpatch(model: Model) -> Model:
     Raises:
         ValueError: the model is not patched.
     """
-    engine = engine_of(model)
+    engine, patched_one = engine_of(model), host.inside(model)
     for handle in engine.handles:
         handle.remove()
     host.restore(engine.undo)
-    for module in model.modules():
+    for module in patched_one.modules():
         module.__dict__.pop(TAG, None)
     for name in ("generate", *_REFUSED_CALLS):
-        model.__dict__.pop(name, None)
-    model.__dict__.update(engine.shadowed)
+        patched_one.__dict__.pop(name, None)
+    patched_one.__dict__.update(engine.shadowed)
     return model
 
 
@@ -243,7 +246,7 @@ def kept(model: nn.Module) -> tuple[KeptImage, ...]:
 
 def is_patched(model: Any) -> bool:
     """Whether a model is patched."""
-    return isinstance(getattr(model, "__dict__", {}).get(TAG), Engine)
+    return isinstance(getattr(host.inside(model), "__dict__", {}).get(TAG), Engine)
 
 
 def engine_of(model: Any) -> Engine:
@@ -254,7 +257,7 @@ def engine_of(model: Any) -> Engine:
     """
     if not is_patched(model):
         raise ValueError(f"this {type(model).__name__} is not patched: call vlm_attn.patch(model, method=...) first")
-    return model.__dict__[TAG]
+    return host.inside(model).__dict__[TAG]
 
 
 def resolve(
