@@ -150,7 +150,9 @@ class Call:
     def store_rows(self, method: Method, layer: int, attention: Tensor, valid: Tensor, offset: int) -> None:
         """Keep attention ``[B, H, R, S]`` of the read rows where ``valid [B, R]``; key 0 is column ``offset``."""
         key = (method.name, layer)
-        attention, valid = (part.to(self.prompt.group.device) for part in (attention, valid))  # layers may lie on several
+        attention, valid = (
+            part.to(self.prompt.group.device) for part in (attention, valid)
+        )  # layers may lie on several
         if self.reduction is not None:
             attention = self.reduction.spread_keys(layer, attention)
         size = (*attention.shape[:3], self.prompt.length)

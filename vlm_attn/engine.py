@@ -340,7 +340,6 @@ class Engine:
         """A bare forward starts a call, or goes on with the one its cache remembers."""
         if not self.active or self._inside():
             return
-        module = host.inside(module)
         alone = next((m.name for m in self.active if isinstance(m, Decoding)), None)
         if alone is not None:
             raise NotImplementedError(
@@ -358,8 +357,8 @@ class Engine:
                 self.call = known
             elif host.cached_length(cache):
                 raise ValueError(
-                    "a bare forward on a cache that was filled by other methods, or by the plain model: its prompt is not known. "
-                    "Call generate() with the ids of the whole conversation, or pass no cache"
+                    "a bare forward on a cache that was filled by other methods, or by the plain model: its prompt is not "
+                    "known. Call generate() with the ids of the whole conversation, or pass no cache"
                 )
             else:
                 self.call = self.build_call(inputs)
@@ -382,7 +381,7 @@ class Engine:
             if self.active:
                 raise RuntimeError(
                     "the text model of a patched model was called on its own, so the prompt is unknown: "
-                    "call the model that was given to patch() (patch a PEFT model after it is wrapped)"
+                    "call the model that was given to patch()"
                 )
             return None
         kwargs = {**_named(module, args), **kwargs}

@@ -109,6 +109,7 @@ def patch(
     reducers = [m for m in methods if isinstance(m, Reducer)]
     for reducer in reducers:
         check_reducible(top, reducer)
+        check_one_device(model, reducer.name)
     seen = {layer: cls_attention_module(model, top, layer, m.name) for m in methods for layer in m.cls_layers}
     check_sharding(facts.heads, shards, [heads_of(module) for module in seen.values()], host.processes(model))
     merging = [m.name for m in reducers if m.merges and not m.neutral]
@@ -138,10 +139,9 @@ def patch(
         setattr(attention, TAG, Tag(engine, index, base))
     for index, layer in enumerate(canvas.layers if canvas is not None else ()):  # type: ignore[arg-type,union-attr]
         setattr(layer.self_attn, TAG, Tag(engine, index, base, canvas=True))
-    entries = [model, *([wrapper] if hasattr(wrapper, "get_base_model") else [])]  # PEFT goes by the model's hooks
     engine.handles = [
-        *(entry.register_forward_pre_hook(engine.before_model, with_kwargs=True) for entry in entries),
-        *(entry.register_forward_hook(engine.after_model, with_kwargs=True, always_call=True) for entry in entries),
+        model.register_forward_pre_hook(engine.before_model, with_kwargs=True),
+        model.register_forward_hook(engine.after_model, with_kwargs=True, always_call=True),
         text_model.register_forward_pre_hook(engine.before_text, with_kwargs=True),
         text_model.register_forward_hook(engine.after_text, with_kwargs=True),
     ]
@@ -376,6 +376,21 @@ def check_covered(methods: Sequence[Method], facts: ModelFacts) -> None:
         UserWarning,
         stacklevel=3,
     )
+
+
+def check_one_device(model: Any, method: str) -> None:
+    """Refuse to take visual tokens from a model whose layers are spread over accelerators.
+
+    Raises:
+        NotImplementedError: names the devices.
+    """
+    placed = getattr(model, "hf_device_map", None) or {}
+    devices = sorted({str(device) for device in placed.values()} - {"cpu", "disk", "meta"})
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"{method} takes visual tokens out of the sequence, which cannot be done across devices ({', '.join(devices)}): "
+            'load the model onto one, for example device_map={"": 0}'
+        )
 
 
 def check_processor(processor: Any, config: Any, text_config: Any) -> None:
