@@ -53,7 +53,7 @@ def denoising(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
             many steps, and the prefix cache.
 
     Raises:
-        ValueError: options for a model that has no denoising steps.
+        ValueError: options for a model that has no denoising steps, or that :func:`vlm_attn.diffusion.generate` refuses.
     """
     options = {name: value for name, value in given.items() if value is not None}
     if getattr(model.config, "mask_token_id", None) is None:
@@ -61,10 +61,14 @@ def denoising(model: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
             names = ", ".join("--" + name.replace("_", "-") for name in options)
             raise ValueError(f"{names}: this model writes token after token; try --model scenes-diffusion")
         return None
+    from vlm_attn.diffusion.decoder import Settings, resolve
+
     length = options.setdefault("gen_length", 32)
     if "threshold" not in options:
         options.setdefault("steps", max(1, length // 2))
-    return {"block_length": length, "cache": "prefix", **options}
+    options = {"block_length": length, "cache": "prefix", **options}
+    resolve(model, None, Settings(**options))
+    return options
 
 
 def generate(

@@ -13,6 +13,7 @@ from tests.helpers import ACTIVE, Weigh
 from vlm_attn import diffusion
 from vlm_attn.branch import Run
 from vlm_attn.diffusion import sampling
+from vlm_attn.diffusion.decoder import Settings, resolve
 from vlm_attn.patching import engine_of
 
 MASK = 127
@@ -171,6 +172,18 @@ class TestLoop:
             kept = before.tokens != MASK
             assert (after.tokens == before.tokens)[kept].all()
             assert ((after.tokens != MASK) & ~kept).equal(after.written)
+
+    @pytest.mark.parametrize("options", [{"steps": 4}, {"threshold": 0.3}, {"steps": 4, "cache": "dual"}])
+    def test_stream_tells_which_step_fixed_what(self, model, inputs, options):
+        order = torch.zeros(2, 8, dtype=torch.long)
+        steps = list(diffusion.stream(model, inputs, gen_length=8, block_length=4, **options))
+        for canvas in steps:
+            assert not order[canvas.written].any()  # once
+            assert canvas.confidence.isnan().equal(~canvas.written)
+            order[canvas.written] = canvas.step
+        assert [canvas.step for canvas in steps] == list(range(1, len(steps) + 1))
+        assert order[:, :4].max() < order[:, 4:].min()  # block after block
+        assert (order > 0).all()
 
     def test_suppressed_ids_are_never_written(self, model, inputs):
         plain = diffusion.generate(model, inputs, steps=8, gen_length=8)
@@ -511,6 +524,25 @@ class TestPruning:
         one = {"attention": "causal", "block_length": 8}
         same(run(model, inputs, cache=cache, **one), run(model, inputs, cache="prefix", **one))
 
+    @pytest.mark.parametrize("cache", ["none", "prefix"])
+    @pytest.mark.parametrize(
+        ("method", "given"),
+        [("divprune", {"keep": 3}), ("late_step", {"keep": 3}), ("progressive", {"keep": 3}), ("layer_skip", {})],
+    )
+    def test_no_attention_map_is_read(self, model, inputs, monkeypatch, method, given, cache):
+        """The fused attention runs, once per layer and forward (and in the tower's two layers); nothing else does."""
+        calls = []
+        fused = torch.nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr("vlm_attn.attention.attention_rows", lambda *a, **k: pytest.fail("a row was read"))
+        monkeypatch.setattr("vlm_attn.attention.edited_attention", lambda *a, **k: pytest.fail("a row was edited"))
+        monkeypatch.setattr(
+            torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: (calls.append(1), fused(*a, **k))[1]
+        )
+        vlm_attn.patch(model, method, **given)
+        out = diffusion.generate(model, inputs, steps=4, gen_length=8, cache=cache, attention="causal")
+        assert len(calls) == 4 * out.forwards + 2
+        assert max(max(w.gone) for w in out.work) > 0
+
     def test_only_while_denoising(self):
         model, make = tiny.llava()
         vlm_attn.patch(model, "late_step")
@@ -582,6 +614,25 @@ class TestWrongInput:
         model, make = tiny.FAMILIES[family]()
         with pytest.raises(NotImplementedError, match="no plain decoder"):
             diffusion.generate(model, make([["image", 4]]), mask_id=119)
+
+    def test_options_alone(self, model):
+        """What the command line asks before it opens a picture."""
+        assert resolve(model, None, Settings(steps=4, gen_length=8)).mask_id == MASK
+        with pytest.raises(ValueError, match="does not divide"):
+            resolve(model, None, Settings(gen_length=8, block_length=3))
+
+    def test_a_cache_the_model_cannot_use(self, model, inputs, monkeypatch):
+        monkeypatch.setattr(type(model), "forward", lambda *a, **k: pytest.fail("the model ran"))
+        layer = model.model.language_model.layers[0]
+        with monkeypatch.context() as patch:
+            patch.setitem(layer._modules, "pre_feedforward_layernorm", torch.nn.Identity())
+            with pytest.raises(ValueError, match="cache='delayed' needs layers with no pre_feedforward_layernorm"):
+                diffusion.generate(model, inputs, cache="delayed")
+
+    def test_as_many_unconditional_prompts_as_prompts(self, model, inputs):
+        one = {name: value[:1] for name, value in inputs.items()}
+        with pytest.raises(ValueError, match="unconditional has 1 rows, inputs 2"):
+            diffusion.generate(model, inputs, cfg_scale=1.0, unconditional=one)
 
     def test_contrasts_of_next_tokens(self, model, inputs):
         vlm_attn.patch(model, "vcd")

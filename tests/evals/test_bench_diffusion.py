@@ -53,6 +53,22 @@ def test_speed_writes_ratios(tmp_path):
     assert all(0 < found[name]["flops"] < 1 for name in names)
 
 
+def test_quality_compares_pairs(tmp_path):
+    out = tmp_path / "quality.json"
+    arguments = ["--part", "quality", "--limit", "2", "--pope-limit", "2", "--json", str(out)]
+    result = CliRunner().invoke(APP, [*arguments, "--variant", "prefix", "--variant", "threshold 0.6"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())["quality"]["variants"]
+    assert list(found) == ["none", "one token a step", "prefix", "threshold 0.6"]
+    assert found["threshold 0.6"]["against"] == "one token a step"
+    assert all(change["value"] == pytest.approx(0, abs=1e-9) for change in found["prefix"]["change"].values())  # exact
+    assert 0 < found["prefix"]["flops"] < found["none"]["flops"] == 1
+    forwards = {name: row["chair"]["forwards"] for name, row in found.items()}
+    assert forwards["none"] == 16
+    assert forwards["one token a step"] == 33
+    assert forwards["threshold 0.6"] < 33
+
+
 @pytest.mark.parametrize("arguments", [["--part", "sped"], ["--variant", "tripple"]])
 def test_wrong_names(arguments):
     result = CliRunner().invoke(APP, arguments)

@@ -166,7 +166,15 @@ def generate(
 
 
 def stream(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Iterator[Canvas]:
-    """Like :func:`generate`, one :class:`Canvas` a step.
+    """Like :func:`generate`, one :class:`Canvas` a step, as soon as the step is done.
+
+    ``canvas.tokens [B, gen_length]`` is what stands there now, ``canvas.written [B, gen_length]`` which positions this very
+    step fixed (each is fixed once), ``canvas.confidence`` how sure the model was of them. Positions behind an end token or a
+    stop sequence are closed without being written. To know of every position the step that fixed it, 0 for closed ones::
+
+        order = torch.zeros(batch, gen_length, dtype=torch.long)
+        for canvas in stream(model, inputs):
+            order[canvas.written] = canvas.step
 
     Raises:
         ValueError: an option out of range, lengths that do not divide, a mask token that is missing or a real token, a
@@ -274,8 +282,13 @@ def _stream(stack: ExitStack | None, model: Any, inputs: Mapping[str, Any], sett
 # Wrong input
 
 
-def resolve(model: Any, inputs: Mapping[str, Any], settings: Settings) -> Settings:
+def resolve(model: Any, inputs: Mapping[str, Any] | None, settings: Settings) -> Settings:
     """Fill in what the model knows, and refuse what cannot work.
+
+    Args:
+        model: the model.
+        inputs: the prompts; None where they are not known yet.
+        settings: the options.
 
     Raises:
         ValueError, NotImplementedError: see :func:`stream`.
@@ -286,7 +299,7 @@ def resolve(model: Any, inputs: Mapping[str, Any], settings: Settings) -> Settin
     for name, known in (("remasking", sampling.REMASKING), ("cache", CACHES)):
         if getattr(s, name) not in known:
             raise ValueError(f"{name}={getattr(s, name)!r}: there are {', '.join(known)}")
-    ids = inputs.get("input_ids")
+    ids = inputs.get("input_ids") if inputs is not None else torch.empty(1, 0, dtype=torch.long)
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise ValueError("inputs must hold input_ids [B, P]: pass what the processor returns")
     given = getattr(config, "mask_token_id", None)
