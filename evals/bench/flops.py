@@ -39,29 +39,33 @@ def layer_flops(
     return 2 * rows * (projections + mlp) + 4 * pairs * heads * head_dim
 
 
-def prefill_flops(config: Any, columns: Sequence[int], images: int) -> int:
+def prefill_flops(config: Any, columns: Sequence[int], images: int, patches: Sequence[int] | None = None) -> int:
     """Operations from pixels to the first token's logits of a LLaVA-shaped model.
 
     Args:
         config: a LLaVA config.
         columns: for every decoder layer, how many columns of the prompt it runs on.
         images: number of images.
+        patches: for every layer of the tower, on how many patches of an image it runs; None = all.
     """
     text, vision = config.text_config, config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
+    whole = (vision.image_size // vision.patch_size) ** 2
     heads = vision.num_attention_heads
-    tower = vision.num_hidden_layers * layer_flops(
-        patches + 1,
-        patches + 1,
-        hidden=vision.hidden_size,
-        intermediate=vision.intermediate_size,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=vision.hidden_size // heads,
-        gated=False,
-        causal=False,
+    tower = sum(
+        layer_flops(
+            n + 1,
+            n + 1,
+            hidden=vision.hidden_size,
+            intermediate=vision.intermediate_size,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=vision.hidden_size // heads,
+            gated=False,
+            causal=False,
+        )
+        for n in patches or [whole] * vision.num_hidden_layers
     )
-    projector = 2 * patches * text.hidden_size * (vision.hidden_size + text.hidden_size)
+    projector = 2 * whole * text.hidden_size * (vision.hidden_size + text.hidden_size)
     decoder = sum(
         layer_flops(
             n,

@@ -13,7 +13,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,34 +32,57 @@ from vlm_attn.hallucination import Gift, Var
 Variant = tuple[str, Any]
 
 
-def build_model(layers: int, hidden: int, device: str, dtype: torch.dtype) -> Any:
-    """A LLaVA with random weights: CLIP-shaped 24 x 24 patches, Llama-shaped text model."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+SMALL_TOWER: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def build_model(
+    layers: int,
+    hidden: int,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    intermediate: int = 0,
+    head: int = 64,
+    tower: Mapping[str, Any] = SMALL_TOWER,
+    projected: int = -1,
+) -> Any:
+    """A LLaVA with random weights: CLIP-shaped 24 x 24 patches, Llama-shaped text model.
+
+    Args:
+        layers: decoder layers.
+        hidden: size of the residual stream, a multiple of ``head``.
+        device: where the weights are made.
+        dtype: their type.
+        intermediate: size of the MLP, 0 = 8/3 of ``hidden``.
+        head: size of an attention head.
+        tower: sizes of the vision tower.
+        projected: the tower's layer whose output is projected.
+    """
+    from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=336,
-            patch_size=14,
-        ),
+        vision_config=CLIPVisionConfig(**tower, image_size=336, patch_size=14),
         text_config=LlamaConfig(
             vocab_size=32000,
             hidden_size=hidden,
-            intermediate_size=hidden * 8 // 3 // 64 * 64,
+            intermediate_size=intermediate or hidden * 8 // 3 // 64 * 64,
             num_hidden_layers=layers,
-            num_attention_heads=hidden // 64,
-            num_key_value_heads=hidden // 64,
-            max_position_embeddings=2048,
+            num_attention_heads=hidden // head,
+            num_key_value_heads=hidden // head,
+            max_position_embeddings=4096,
         ),
         image_token_index=31999,
-        vision_feature_layer=-1,
+        vision_feature_layer=projected,
     )
     torch.manual_seed(0)
-    model: Any = LlavaForConditionalGeneration(config)
-    model = model.to(device=device, dtype=dtype).eval()
+    with torch.device(device):
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model = model.eval()
     model.generation_config.eos_token_id = None
     return model
 

@@ -2,11 +2,13 @@
 
 The model is a LLaVA with random weights (see ``overhead``): speed does not depend on the weights. Beside each time stands the
 ratio of floating-point operations, counted from the tokens that were really kept in every layer, so that a speed-up that
-is not real shows. Every repetition runs all variants in a shuffled order; a ratio is taken within its repetition.
+is not real shows. Every repetition runs all variants in a shuffled order; a ratio is taken within its repetition. ``--shape
+llava-7b`` is for GPUs: the sizes of LLaVA-1.5-7B.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import random
@@ -15,7 +17,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
@@ -29,12 +31,18 @@ import vlm_attn
 from vlm_attn import dropping, host, registry, visual_token_ops
 from vlm_attn.evals.bench.flops import prefill_flops
 from vlm_attn.evals.bench.overhead import _Clock, _summary, build_model
-from vlm_attn.reduction import scaled
+from vlm_attn.reduction import kept_count, scaled
+from vlm_attn.tower import Merger, descent
 
+# A tower that is about as small beside its language model as CLIP-L is beside a 7B one.
+TOWER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+SEVEN_B = {"layers": 32, "hidden": 4096, "intermediate": 11008, "head": 128, "tower": CLIP_L, "projected": -2}
 REDUCERS = (
     "random",
     "downsample",
     "divprune",
+    "tome",
     "visionzip",
     "prumerge",
     "holov",
@@ -50,6 +58,30 @@ def reducer(name: str, keep: float, layers: int) -> Any:
     if name == "fastv":
         return visual_token_ops.FastV(layer=scaled((3,), layers)[0], keep=keep)
     return registry.build(name, keep=keep)
+
+
+def patches_per_layer(config: Any, method: Any) -> list[int] | None:
+    """On how many patches every layer of the tower runs, where a reducer merges there; None = all."""
+    if method is None or not method.merges:
+        return None
+    vision = config.vision_config
+    whole, depth = (vision.image_size // vision.patch_size) ** 2, vision.num_hidden_layers
+    merging = depth + 1 + config.vision_feature_layer
+    left = descent(whole, kept_count(method.keep, whole), merging)
+    return [whole, *left, *left[-1:] * (depth - merging)][:depth]
+
+
+def peak_memory(restart: bool = False) -> tuple[int, int]:
+    """Resident bytes of this process now and at most since the restart; zeros where the system does not say (not Linux)."""
+    try:
+        if restart:
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed would hide what this one needs
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+        now, most = (int(found[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    except (OSError, AttributeError, KeyError):
+        return 0, 0
+    return now, most
 
 
 def columns_per_layer(model: Any, columns: int, layers: int) -> list[int]:
@@ -78,30 +110,34 @@ def time_once(
 
     Returns:
         Seconds: ``first`` token from the call on, ``prefill`` without the vision tower, ``decode`` per token (median),
-        ``select`` in choosing and gathering. ``cache``: bytes of keys and values. ``peak``: bytes on a GPU, else 0.
-        ``columns``: per layer.
+        ``select`` in choosing, merging and gathering. ``cache``: bytes of keys and values. ``peak``: bytes above what was there
+        before, 0 where the system does not tell. ``columns``: per layer.
     """
     cuda = inputs["input_ids"].is_cuda
     clock = _Clock(torch.cuda.synchronize if cuda else lambda: None, now)
     spent = 0.0
-    original = dropping._reduce
+    originals = dropping._reduce, Merger.merge
 
-    def timed(*args: Any) -> Any:
-        nonlocal spent
-        clock.synchronize()
-        start = now()
-        result = original(*args)
-        clock.synchronize()
-        spent += now() - start
-        return result
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*args: Any) -> Any:
+            nonlocal spent
+            clock.synchronize()
+            start = now()
+            result = function(*args)
+            clock.synchronize()
+            spent += now() - start
+            return result
+
+        return measured
 
     layers = model.config.text_config.num_hidden_layers
     columns = [inputs["input_ids"].shape[1]] * layers
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else peak_memory(restart=True)[0]
     if method is not None:
+        dropping._reduce, Merger.merge = timed(originals[0]), timed(originals[1])  # type: ignore[method-assign]
         vlm_attn.patch(model, method)
-        dropping._reduce = timed  # type: ignore[assignment]
     try:
         clock.synchronize()
         start = now()
@@ -116,8 +152,8 @@ def time_once(
         if method is not None:
             columns = columns_per_layer(model, columns[0], layers)
     finally:
-        dropping._reduce = original
-        if method is not None:
+        dropping._reduce, Merger.merge = originals  # type: ignore[method-assign]
+        if vlm_attn.is_patched(model):
             vlm_attn.unpatch(model)
     steps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
     held = [part for layer in host.cache_of(out).layers for part in (layer.keys, layer.values)]
@@ -127,7 +163,7 @@ def time_once(
         "decode": statistics.median(steps[1:]),
         "select": spent,
         "cache": sum(part.numel() * part.element_size() for part in held),
-        "peak": torch.cuda.max_memory_allocated() if cuda else 0,
+        "peak": max(0, (torch.cuda.max_memory_allocated() if cuda else peak_memory()[1]) - before),
         "columns": columns,
     }
 
@@ -146,6 +182,7 @@ def run(
     dtype: str,
     seed: int,
     cpu_time: bool = False,
+    shape: str = "small",
 ) -> dict[str, Any]:
     """Measure; see :func:`tokens` for the parameters.
 
@@ -157,7 +194,9 @@ def run(
     if cpu_time:
         torch.set_num_threads(1)  # threads that wait for each other would count
     now = time.process_time if cpu_time else time.perf_counter
-    model = build_model(layers, hidden, device, getattr(torch, dtype))
+    sizes: dict[str, Any] = SEVEN_B if shape == "llava-7b" else {"layers": layers, "hidden": hidden, "tower": TOWER}
+    layers, hidden = sizes["layers"], sizes["hidden"]
+    model = build_model(device=device, dtype=getattr(torch, dtype), **sizes)
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(3, 31000, (1, text_tokens), generator=generator)
     image = torch.full((1, 576 * images), 31999)
@@ -177,17 +216,31 @@ def run(
     order = list(compared)
     shuffle = random.Random(seed)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=(repeats + 1) * len(order))
-        for repeat in range(-1, repeats):  # the first round warms up
+        warm = order if device.startswith("cuda") else order[:1]  # a GPU chooses kernels for every size
+        task = progress.add_task("measuring", total=repeats * len(order) + len(warm))
+        for repeat in range(-1, repeats):
             shuffle.shuffle(order)
-            for name in order:
+            for name in order if repeat >= 0 else list(warm):
                 measured = time_once(model, inputs, compared[name], tokens, now)
                 if repeat >= 0:
                     runs[name].append(measured)
                 progress.advance(task)
 
-    def flops(name: str) -> int:
-        return prefill_flops(model.config, runs[name][0]["columns"], images)
+    def flops(name: str, pictures: int = 0) -> int:
+        patches = patches_per_layer(model.config, compared[name])
+        return prefill_flops(model.config, runs[name][0]["columns"], pictures, patches)
+
+    def absolute(name: str) -> dict[str, float]:
+        middle = {key: statistics.median(run[key] for run in runs[name]) for key in ("first", "prefill", "decode")}
+        return {
+            "first_s": middle["first"],
+            "prefill_s": middle["prefill"],
+            "tokens_per_s": 1 / middle["decode"],
+            "cache_mb": runs[name][0]["cache"] / 1e6,
+            "peak_mb": statistics.median(run["peak"] for run in runs[name]) / 1e6,
+            "prefill_tflop": flops(name) / 1e12,
+            "first_tflop": flops(name, images) / 1e12,
+        }
 
     results = {}
     for name in compared:
@@ -196,17 +249,21 @@ def run(
         pairs = list(zip(runs[name], runs["plain"], strict=True))
         results[name] = {
             "flops": flops(name) / flops("plain"),
+            "first_flops": flops(name, images) / flops("plain", images),
             **{key: _summary([a[key] / b[key] for a, b in pairs]) for key in ("first", "prefill", "decode")},
             "select": _summary([a["select"] / b["prefill"] for a, b in pairs]),
             "cache": pairs[0][0]["cache"] / pairs[0][1]["cache"],
-            "peak": pairs[0][0]["peak"] / pairs[0][1]["peak"] if pairs[0][1]["peak"] else None,
+            "peak": statistics.median(a["peak"] / b["peak"] for a, b in pairs)
+            if all(b["peak"] for _, b in pairs)
+            else None,
             "columns": runs[name][0]["columns"],
         }
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "benchmark": "tokens",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": {
+            "shape": shape,
             "layers": layers,
             "hidden": hidden,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -228,6 +285,7 @@ def run(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
+        "absolute": {name: absolute(name) for name in compared},
         "ratios_to_plain": results,
     }
 
@@ -243,6 +301,12 @@ def tokens(
     text_tokens: Annotated[int, typer.Option(help="Text tokens around the image.", min=8)] = 30,
     new_tokens: Annotated[int, typer.Option("--tokens", help="Tokens to decode per run.", min=3)] = 16,
     repeats: Annotated[int, typer.Option(help="Paired repetitions.", min=1)] = 5,
+    shape: Annotated[
+        Literal["small", "llava-7b"],
+        typer.Option(
+            help="small: as --layers and --hidden say; llava-7b: the sizes of LLaVA-1.5-7B, its tower included."
+        ),
+    ] = "small",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of inputs and order.")] = 0,
@@ -277,14 +341,15 @@ def tokens(
         dtype=dtype,
         seed=seed,
         cpu_time=cpu_time,
+        shape=shape,
     )
     config = result["config"]
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "FLOPs", "prefill", "first token", "decode", "choosing", "cache", "peak"):
+    for column in ("", "FLOPs", "prefill", "FLOPs", "first token", "decode", "choosing", "cache", "peak"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for name, found in result["ratios_to_plain"].items():
         cells = [f"{found[k]['median']:.3f} ({found[k]['p20']:.2f}..{found[k]['p80']:.2f})" for k in ("prefill",)]
-        cells += [f"{found[k]['median']:.3f}" for k in ("first", "decode")]
+        cells += [f"{found['first_flops']:.3f}", *(f"{found[k]['median']:.3f}" for k in ("first", "decode"))]
         cells += [f"{found['select']['median']:.1%}", f"{found['cache']:.3f}"]
         table.add_row(name, f"{found['flops']:.3f}", *cells, f"{found['peak']:.3f}" if found["peak"] else "-")
     console = Console(width=max(Console().width, 120))
@@ -292,7 +357,13 @@ def tokens(
         f"random-weight LLaVA, {config['parameters'] / 1e6:.0f} M parameters, {config['visual_tokens']} visual + "
         f"{text_tokens} text tokens, {new_tokens} new tokens, {dtype} on {result['device']}, {result['threads']} threads; "
         f"{config['clock']}, ratios to the plain model, median and p20..p80 of {repeats} paired runs; "
-        "choosing: its share of a plain prefill"
+        "FLOPs: without and with the vision tower; choosing: its share of a plain prefill; peak: memory above the weights"
+    )
+    plain = result["absolute"]["plain"]
+    console.print(
+        f"plain: first token after {plain['first_s']:.2f} s, of which the prompt {plain['prefill_s']:.2f} s "
+        f"({plain['prefill_tflop']:.2f} TFLOP); {plain['tokens_per_s']:.1f} tokens/s; cache {plain['cache_mb']:.0f} MB, "
+        f"peak {plain['peak_mb']:.0f} MB"
     )
     console.print(table)
     if json_file is not None:

@@ -11,6 +11,7 @@ from vlm_attn.evals.bench import tokens
 from vlm_attn.evals.bench.flops import layer_flops, prefill_flops
 from vlm_attn.evals.bench.overhead import build_model
 from vlm_attn.method import ModelFacts
+from vlm_attn.visual_token_ops import ToMe
 
 
 def test_flops_are_those_of_the_matrices():
@@ -40,6 +41,31 @@ def test_prefill_falls_with_the_columns():
     full = prefill_flops(config, [600] * 4, 1)
     assert prefill_flops(config, [600, 600, 300, 300], 1) < full
     assert prefill_flops(config, [600] * 4, 2) > full
+    tower = full - prefill_flops(config, [600] * 4, 0)
+    assert prefill_flops(config, [600] * 4, 1, [576, 576]) == full
+    assert full - tower < prefill_flops(config, [600] * 4, 1, [576, 288]) < full
+
+
+def test_a_tower_that_merges_runs_on_fewer_patches():
+    import torch
+
+    config = build_model(4, 64, "cpu", torch.float32, tower=tokens.TOWER, projected=-2).config
+    assert tokens.patches_per_layer(config, None) is None
+    assert tokens.patches_per_layer(config, tokens.reducer("divprune", 0.25, 4)) is None
+    assert tokens.patches_per_layer(config, ToMe(keep=72)) == [576, 504, 432, 360, 288, 216, 144, 72]
+
+
+def test_peak_memory_sees_what_was_there_and_is_gone():
+    import torch
+
+    before, _ = tokens.peak_memory(restart=True)
+    if not before:
+        pytest.skip("this system does not tell")
+    block = torch.ones(16_000_000)
+    del block
+    _, most = tokens.peak_memory()
+    assert 60e6 < most - before < 120e6
+    assert tokens.peak_memory(restart=True)[1] - before < 30e6
 
 
 @pytest.mark.parametrize("name", [*tokens.REDUCERS, "vtw"])
@@ -55,18 +81,22 @@ def test_tokens_writes_paired_ratios(tmp_path):
     app = typer.Typer()
     app.command()(tokens.tokens)
     out = tmp_path / "tokens.json"
-    arguments = (
-        "--layers 4 --hidden 64 --repeats 1 --tokens 3 --device cpu --method fastv --method random --keep 0.25 --json"
-    )
+    arguments = "--layers 4 --hidden 64 --repeats 1 --tokens 3 --device cpu --keep 0.25 "
+    arguments += "--method fastv --method random --method tome --json"
     done = CliRunner().invoke(app, [*arguments.split(), str(out)])
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
-    assert set(result["ratios_to_plain"]) == {"fastv 0.25", "random 0.25"}
-    fastv, drawn = result["ratios_to_plain"].values()
+    assert set(result["ratios_to_plain"]) == {"fastv 0.25", "random 0.25", "tome 0.25"}
+    assert set(result["absolute"]) == {"plain", *result["ratios_to_plain"]}
+    assert all(value > 0 for found in result["absolute"].values() for key, value in found.items() if key != "peak_mb")
+    fastv, drawn, merged = result["ratios_to_plain"].values()
     assert fastv["columns"] == [606, 174, 174, 174]
     assert drawn["columns"] == [174] * 4
     assert drawn["cache"] == pytest.approx((174 + 2) / (606 + 2))
     assert drawn["flops"] < fastv["flops"] < 1
+    assert merged["flops"] == drawn["flops"]
+    assert merged["first_flops"] < drawn["first_flops"]
+    assert merged["select"]["median"] > 0
     done = CliRunner().invoke(app, ["--method", "gift"])
     assert done.exit_code != 0
     assert "no reducer" in done.output
