@@ -55,6 +55,18 @@ def test_a_tower_that_merges_runs_on_fewer_patches():
     assert tokens.patches_per_layer(config, ToMe(keep=72)) == [576, 504, 432, 360, 288, 216, 144, 72]
 
 
+def test_the_shape_for_gpus_is_that_of_llava_7b():
+    """7.06 B parameters; the operations of a prompt are two per weight and row of the language model, and some for the rest."""
+    import torch
+
+    model = build_model(device="meta", dtype=torch.bfloat16, **tokens.SEVEN_B)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(7.06e9, rel=1e-3)
+    weights = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    assert 1 < prefill_flops(model.config, [606] * 32, 1) / (2 * 606 * weights) < 1.08
+    merging = tokens.patches_per_layer(model.config, ToMe(keep=64))
+    assert (len(merging), merging[0], merging[-1]) == (24, 576, 64)
+
+
 def test_peak_memory_sees_what_was_there_and_is_gone():
     import torch
 
