@@ -15,7 +15,7 @@ from vlm_attn.hallucination.paint import Paint
 from vlm_attn.hallucination.vaf import Vaf
 from vlm_attn.hallucination.var import Var
 from vlm_attn.hallucination.vcd import Vcd
-from vlm_attn.hallucination.vhr import Vhr
+from vlm_attn.hallucination.vhr import Vhr, token_divergence, token_score
 
 __all__ = [
     "Agla",
@@ -38,4 +38,6 @@ __all__ = [
     "Vcd",
     "Vhr",
     "VisionBlock",
+    "token_divergence",
+    "token_score",
 ]

@@ -44,10 +44,11 @@ class Gift(Method):
         query_words: which words of the question count for the map: ``"content"`` (needs spaCy) or ``"all"``.
         heads: share of heads that are used, for the map and for each of the two boosts. Range (0, 1].
         clip_sigma: the map is clipped to its mean +- this many standard deviations before it is scaled to [0, 1].
+        code_parity: do what the released code does with a repeated content word: only its last occurrence counts.
 
     Deviations from the released code: batched; the last prompt token is run once, edited, on top of one plain prefill
-    instead of two prefills (exact for causal models); every occurrence of a repeated word counts; a question token
-    that is also the last token of the prompt (no template tail) does not count for the map.
+    instead of two prefills (exact for causal models); every occurrence of a repeated word counts (unless
+    ``code_parity``); a question token that is also the last token of the prompt (no template tail) does not count for the map.
     """
 
     name: ClassVar[str] = "gift"
@@ -60,6 +61,7 @@ class Gift(Method):
     query_words: Literal["content", "all"] = "content"
     heads: float = 0.5
     clip_sigma: float = 3.0
+    code_parity: bool = False
 
     def __post_init__(self) -> None:
         layer_tuple(self, "saliency_layers")
@@ -68,6 +70,8 @@ class Gift(Method):
         check_range(self, "beta", 0, 100, open_low=True)
         check_range(self, "heads", 0, 1, open_low=True)
         check_range(self, "clip_sigma", 0, 100, open_low=True)
+        if not isinstance(self.code_parity, bool):
+            raise TypeError(f"gift: code_parity must be True or False, got {self.code_parity!r}")
         if self.query_words not in ("content", "all"):
             raise ValueError(f'gift: query_words={self.query_words!r} is neither "content" nor "all"')
 
@@ -104,7 +108,7 @@ class Gift(Method):
                     f"{call.first} columns: pass a cache that ends before the question"
                 )
         call.memory(self)["informative"] = (
-            informative_tokens(call, processor) if self.query_words == "content" else None
+            informative_tokens(call, processor, last=self.code_parity) if self.query_words == "content" else None
         )
 
     def read_rows(self, call: Call) -> Tensor:

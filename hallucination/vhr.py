@@ -34,11 +34,12 @@ class Vhr(Method):
         layers: layers to reinforce; empty = the second and the last 14 of 32, at the same depth of other models.
         drop_outliers: take heads out whose divergence and whose output without the picture are both one standard deviation
             above the layer's mean.
+        rows: ``"all"`` reinforces every row, the prompt's too; ``"last"`` the last prompt token and all later ones.
 
     Before the prompt runs, it runs once beside itself without the image's tokens and markers, two rows per prompt. Layer by
     layer in that pass, with the layers below already reinforced in both rows, the heads are chosen from the last row
-    (algorithm 1). All rows are reinforced, the prompt's too, so that keys and values fit each other; the paper asks for
-    consistency and does not say which rows. A later turn keeps the heads of the first. On a canvas
+    (algorithm 1). By default all rows are reinforced, so that keys and values fit each other; the paper asks for consistency
+    and does not say which rows. A later turn keeps the heads of the first. On a canvas
     (``vlm_attn.diffusion``) the pass sees the prompt as the denoising steps do, and the heads stay for all steps. Cost: one
     prompt of two rows.
     """
@@ -50,12 +51,17 @@ class Vhr(Method):
     alpha: float = 2.0
     layers: tuple[int, ...] = ()
     drop_outliers: bool = True
+    rows: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:
         check_range(self, "alpha", 0, 10, open_low=True)
         layer_tuple(self, "layers", empty=True)
         if not isinstance(self.drop_outliers, bool):
             raise TypeError(f"vhr: drop_outliers must be True or False, got {self.drop_outliers!r}")
+        if self.rows not in ("all", "last"):
+            raise ValueError(f'vhr: rows={self.rows!r} is neither "all" nor "last"')
+        if self.rows == "last":  # the prompt then runs as body and last token
+            object.__setattr__(self, "edited_rows", "last")
 
     @property
     def neutral(self) -> bool:
@@ -91,7 +97,8 @@ class Vhr(Method):
                 return out
             seen, blind = out[:, -1].float().chunk(2)
             heads[layer] = self.choose(*head_divergence(seen, blind))
-            return out * self.factor(heads[layer]).repeat(2, 1)[:, None, :, None].to(out.dtype)
+            louder = out * self.factor(heads[layer]).repeat(2, 1)[:, None, :, None].to(out.dtype)
+            return louder if self.rows == "all" else torch.cat([out[:, :-1], louder[:, -1:]], 1)
 
         forward_twice(run, run.call.prompt.visual, tap)
 
@@ -110,6 +117,8 @@ class Vhr(Method):
 
     def head_scale(self, call: Call, layer: int) -> Tensor | None:
         """The heads chosen before the prompt ran."""
+        if self.rows == "last" and not call.done and call.mode != "edited":
+            return None
         heads = call.memory(self)["heads"].get(layer)
         return None if heads is None else self.factor(heads).repeat_interleave(call.batch // len(heads), 0)
 

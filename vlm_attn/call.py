@@ -142,7 +142,7 @@ class Call:
     def restart(self) -> None:
         """Forget what was read: the whole sequence runs again (``use_cache=False``)."""
         self.done, self.ran, self.reduction = False, False, None
-        for read in (self.edits, self._rows, self._tokens):
+        for read in (self.edits, self.scales, self._rows, self._tokens):
             read.clear()
 
     # Readings. Buffers cover the whole prompt and are filled as its parts run.

@@ -135,22 +135,24 @@ def find_question(ids: Sequence[int], visual: Sequence[bool], template: ChatTemp
     return (start, max(start, stop)), min(tail, len(ids) - start)
 
 
-def content_tokens(processor: Any, ids: Tensor, tagger: Any) -> Tensor:
+def content_tokens(processor: Any, ids: Tensor, tagger: Any, *, last: bool = False) -> Tensor:
     """Which tokens of a question belong to an informative word (noun, name, verb, adjective, adverb, number).
 
     Args:
         processor: processor or tokenizer, to turn ids back into text.
         ids: ``[M]`` token ids of the question.
         tagger: a spaCy pipeline.
+        last: whether of a repeated word only the last occurrence counts; else all do.
 
     Returns:
-        ``[M]`` bool. All occurrences of a repeated word count.
+        ``[M]`` bool.
     """
     tokenizer = tokenizer_of(processor)
     ends = [len(tokenizer.decode(ids[:i].tolist())) for i in range(len(ids) + 1)]
     text = tokenizer.decode(ids.tolist())
     informative = {"NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"}
-    words = [(w.idx, w.idx + len(w.text)) for w in tagger(text) if w.pos_ in informative]
+    found = [(w.text, (w.idx, w.idx + len(w.text))) for w in tagger(text) if w.pos_ in informative]
+    words = list(dict(found).values()) if last else [span for _, span in found]
     flags = [
         any(a < stop and start < b and text[max(a, start) : min(b, stop)].strip() for start, stop in words)
         for a, b in zip(ends, ends[1:], strict=False)
@@ -174,7 +176,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def informative_tokens(call: Call, processor: Any) -> Tensor | None:
+def informative_tokens(call: Call, processor: Any, *, last: bool = False) -> Tensor | None:
     """Informative words of every question of a call.
 
     Needs spaCy with ``en_core_web_sm``, the processor and token ids; without one of them all words count, which is
@@ -183,6 +185,7 @@ def informative_tokens(call: Call, processor: Any) -> Tensor | None:
     Args:
         call: the call.
         processor: what was given to ``patch``, or None.
+        last: see :func:`content_tokens`.
 
     Returns:
         ``[B0, M]`` bool over the questions' tokens (padded on the right), or None: all of them count.
@@ -195,7 +198,7 @@ def informative_tokens(call: Call, processor: Any) -> Tensor | None:
     spans = call.prompt.query
     chosen = torch.zeros(len(spans), max(stop - start for start, stop in spans), dtype=torch.bool)
     for row, (start, stop) in enumerate(spans):
-        flags = content_tokens(processor, call.input_ids[row, start:stop], tagger)
+        flags = content_tokens(processor, call.input_ids[row, start:stop], tagger, last=last)
         if not flags.any():
             _warn_once("a question has no informative word; all of its words count instead")
             flags = torch.ones_like(flags)

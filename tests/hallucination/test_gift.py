@@ -352,9 +352,9 @@ class TestContentWords:
     def tag(self, monkeypatch: pytest.MonkeyPatch, tags: dict[str, str] | None) -> None:
         monkeypatch.setattr(chat, "_tagger", lambda: None if tags is None else tagger(tags))
 
-    def run(self, x: Inputs, own: Any, words: str) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, x: Inputs, own: Any, words: str, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
         model, _ = tiny.llava()
-        with on(model, "gift", query_words=words, processor=own):
+        with on(model, "gift", query_words=words, processor=own, **changes):
             with engine_of(model).running(x) as call, torch.no_grad():
                 model(**x)
                 saliency = call.memory(engine_of(model).methods[0])["saliency"]
@@ -375,6 +375,9 @@ class TestContentWords:
         wanted = map_by_hand([rows], visual, list(range(start, start + 10)), words)
         close(saliency[0, visual], torch.tensor(wanted, dtype=torch.float32), 1e-4)
         differ(self.run(x, own, "all")[2], run[1])
+        parity, *_ = self.run(x, own, "content", code_parity=True)  # the first "dog" does not count
+        wanted = map_by_hand([rows], visual, list(range(start, start + 10)), words[1:])
+        close(parity[0, visual], torch.tensor(wanted, dtype=torch.float32), 1e-4)
 
     def test_rows_of_a_batch_and_beams(self, monkeypatch: pytest.MonkeyPatch) -> None:
         own = processor()

@@ -73,13 +73,19 @@ def streams(model: Any, x: Inputs) -> tuple[Inputs, Inputs]:
     return x, {"input_ids": blind, "attention_mask": torch.ones_like(blind)}
 
 
-def head_outputs(model: Any, inputs: Inputs, factors: dict[int, Tensor]) -> list[Tensor]:
-    """Last row ``[H, D]`` of every layer's heads in one plain forward, some layers' heads scaled."""
+def scaled(out: Tensor, factor: Tensor, first: int) -> Tensor:
+    """``[B, H, Q, D]`` with the rows from ``first`` on times ``[H]``."""
+    rows = torch.arange(out.shape[2]) >= first % out.shape[2]
+    return torch.where(rows[:, None], out * factor[None, :, None, None], out)
+
+
+def head_outputs(model: Any, inputs: Inputs, factors: dict[int, Tensor], first: int = 0) -> list[Tensor]:
+    """Last row ``[H, D]`` of every layer's heads in one plain forward, some layers' heads scaled in rows from ``first`` on."""
     found: list[Tensor] = []
 
     def hand(layer: int, out: Tensor) -> Tensor:
         found.append(out[0, :, -1])
-        return out * factors[layer][None, :, None, None] if layer in factors else out
+        return scaled(out, factors[layer], first) if layer in factors else out
 
     logits(oracle(model, output=hand), inputs)
     return found
@@ -88,8 +94,9 @@ def head_outputs(model: Any, inputs: Inputs, factors: dict[int, Tensor]) -> list
 def heads_by_hand(model: Any, x: Inputs, settings: dict[str, Any]) -> dict[int, Tensor]:
     """Layer by layer, a new forward of both streams for each: factors ``[H]``."""
     factors: dict[int, Tensor] = {}
+    first = -1 if settings.get("rows") == "last" else 0
     for layer in settings["layers"]:
-        seen, blind = (head_outputs(model, s, factors)[layer].double() for s in streams(model, x))
+        seen, blind = (head_outputs(model, s, factors, first)[layer].double() for s in streams(model, x))
         vhd = [float((a - b).square().sum().sqrt()) for a, b in zip(seen, blind, strict=True)]
         ta = [float(b.square().sum()) for b in blind]
         if settings.get("drop_outliers", True):
@@ -101,14 +108,22 @@ def heads_by_hand(model: Any, x: Inputs, settings: dict[str, Any]) -> dict[int, 
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
-@pytest.mark.parametrize("changes", [{}, {"alpha": 1.5, "layers": (0, 2), "drop_outliers": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"alpha": 1.5, "layers": (0, 2), "drop_outliers": False}, {"alpha": 3.0, "rows": "last"}]
+)
 def test_against_eager(family: str, changes: dict[str, Any]) -> None:
-    """Every row scaled, in the prompt and later."""
+    """Every row scaled, in the prompt and later; or those from the last prompt token on."""
     model, inputs = tiny.FAMILIES[family]()
     x = inputs([[3, "image", 9]], seed=4)
     settings = {**ACTIVE["vhr"], **changes}
     factors = heads_by_hand(model, x, settings)
-    own = oracle(model, output=lambda n, out: out * factors[n][None, :, None, None] if n in factors else out)
+    prompt = x["input_ids"].shape[1]
+    first = prompt - 1 if changes.get("rows") == "last" else 0
+
+    def output(layer: int, out: Tensor) -> Tensor:
+        return scaled(out, factors[layer], first if out.shape[2] > 1 else 0) if layer in factors else out
+
+    own = oracle(model, output=output)
     wanted, wanted_logits = generate(own, x, new=8), logits(own, x)
     with vlm_attn.patched(model, "vhr", **settings), margins() as margin:
         close(logits(model, x), wanted_logits)
@@ -126,7 +141,9 @@ def setting() -> tuple[Any, Inputs, Tensor]:
         return model, x, logits(model, x)[:, -1]
 
 
-@pytest.mark.parametrize("change", [{"alpha": 1.5}, {"alpha": 0.5}, {"layers": (1, 2)}, {"layers": 1}])
+@pytest.mark.parametrize(
+    "change", [{"alpha": 1.5}, {"alpha": 0.5}, {"layers": (1, 2)}, {"layers": 1}, {"rows": "last"}]
+)
 def test_changes(setting: Any, change: dict[str, Any]) -> None:
     model, x, before = setting
     with on(model, "vhr", **change):
@@ -207,7 +224,7 @@ def test_token_divergence() -> None:
         token_divergence(model, x, [])
 
 
-@pytest.mark.parametrize("wrong", [{"alpha": 0.0}, {"layers": "x"}, {"drop_outliers": 1}])
+@pytest.mark.parametrize("wrong", [{"alpha": 0.0}, {"layers": "x"}, {"drop_outliers": 1}, {"rows": "first"}])
 def test_wrong_values(wrong: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
         Vhr(**wrong)
