@@ -57,6 +57,7 @@ class Ilvad(Method):
 
     name: ClassVar[str] = "ilvad"
     paper: ClassVar[str] = "ILVAD, arXiv 2605.20965"
+    token_by_token: ClassVar[bool] = True
 
     alpha: float = 5.0
     beta: float = 1.0

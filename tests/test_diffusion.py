@@ -634,9 +634,10 @@ class TestWrongInput:
         with pytest.raises(ValueError, match="unconditional has 1 rows, inputs 2"):
             diffusion.generate(model, inputs, cfg_scale=1.0, unconditional=one)
 
-    def test_contrasts_of_next_tokens(self, model, inputs):
-        vlm_attn.patch(model, "vcd")
-        with pytest.raises(ValueError, match="vcd contrasts the next token"):
+    @pytest.mark.parametrize("method", ["vcd", "opera", "ilvad"])
+    def test_methods_that_go_token_by_token(self, model, inputs, method):
+        vlm_attn.patch(model, method)
+        with pytest.raises(ValueError, match=f"{method} acts on one token after the other"):
             diffusion.generate(model, inputs)
 
     def test_methods_that_cannot_follow(self, model, inputs):

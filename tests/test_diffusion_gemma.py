@@ -148,9 +148,9 @@ def test_saliency_reads_the_prompt_alone(host: Any, model: Any) -> None:
     assert not calls
 
 
-@pytest.mark.parametrize("method", ["vcd", "dola", "opera"])
+@pytest.mark.parametrize("method", ["vcd", "dola", "opera", "ilvad"])
 def test_contrasts_of_next_tokens_are_refused(model: Any, method: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"{method} acts on the next token"):
+    with pytest.raises(NotImplementedError, match=f"{method} acts on one token after the other"):
         vlm_attn.patch(model, method)
     assert not vlm_attn.is_patched(model)
 

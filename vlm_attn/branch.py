@@ -78,6 +78,7 @@ class Decoding(Method):
     """
 
     alone: ClassVar[bool] = False
+    token_by_token: ClassVar[bool] = True
     edited_rows: ClassVar[Literal["last", "text", "none"]] = "none"
 
     def edit(self, call: Call, layer: int) -> Any:

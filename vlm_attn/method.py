@@ -50,6 +50,7 @@ class Method:
         cls_layers: layers of the vision tower whose CLS attention it wants: ``PROJECTED``, the one whose output goes on to the
             language model, or one of a 24-layer tower (taken at the same depth of another).
         needs_image: whether a prompt without an image is an error; else the method does nothing there.
+        token_by_token: whether it needs a model that writes one token after the other, and not all of a canvas.
     """
 
     name: ClassVar[str] = ""
@@ -58,6 +59,7 @@ class Method:
     read_hidden: ClassVar[bool] = False
     cls_layers: ClassVar[tuple[int, ...]] = ()
     needs_image: ClassVar[bool] = True
+    token_by_token: ClassVar[bool] = False
 
     @property
     def neutral(self) -> bool:

@@ -98,11 +98,11 @@ def patch(
     )
     methods = resolve(method, parameters, top, facts, preset)
     canvas = host.canvas_decoder(model)
-    contrast = next((m.name for m in methods if isinstance(m, Decoding)), None)
-    if canvas is not None and contrast is not None:
+    ahead = next((m.name for m in methods if m.token_by_token), None)
+    if canvas is not None and ahead is not None:
         raise NotImplementedError(
-            f"{contrast} acts on the next token, and {top.model_type} writes all tokens of a canvas at once: choose a method "
-            "that edits attention, such as gift"
+            f"{ahead} acts on one token after the other, and {top.model_type} writes all tokens of a canvas at once: choose "
+            "a method that edits attention, such as gift"
         )
     check_covered(methods, facts)
     check_maskable(top, methods)

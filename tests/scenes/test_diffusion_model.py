@@ -56,8 +56,29 @@ def test_on_the_command_line(tmp_path):
     assert json.loads(out.read_text())["captions"][0]["method"] == "divprune"
     for wrong, message in (
         ("--steps 5 --block-length 8 --model scenes-diffusion", "no multiple"),
+        ("--max-new-tokens 5 --model scenes-diffusion", "--gen-length says how many"),
+        ("--method vcd --model scenes-diffusion", "vcd acts on one token after the other"),
+        ("--cache fast --model scenes-diffusion", "there are none, prefix, block, dual, delayed"),
         ("--cache dual", "this model writes token after token"),
+        ("--prune late_step", "late_step acts on denoising steps"),
     ):
         run = CliRunner().invoke(app, f"caption scenes:validation/3 --device cpu {wrong}".split())
         assert run.exit_code == 2
-        assert message in run.output
+        assert message in " ".join(run.output.split())
+
+
+def test_evaluations(tmp_path):
+    """Options and pruning reach the model and the results; what cannot go together leaves no folder behind."""
+    start = f"eval chair --model scenes-diffusion --limit 2 --device cpu --out {tmp_path}".split()
+    options = (
+        "/good --steps 8 --gen-length 16 --block-length 8 --cache dual --prune divprune --param divprune.keep=0.25"
+    )
+    run = CliRunner().invoke(app, [*start[:-1], start[-1] + options.split()[0], *options.split()[1:]])
+    assert run.exit_code == 0, run.output
+    written = json.loads((tmp_path / "good" / "results.json").read_text())
+    denoised = written["config"]["decoding"]["masked diffusion"]
+    assert denoised == {"steps": 8, "gen_length": 16, "block_length": 8, "cache": "dual"}
+    assert list(written["metrics"]) == ["divprune"]
+    run = CliRunner().invoke(app, [*start[:-1], start[-1] + "/bad", "--method", "vcd"])
+    assert run.exit_code == 2
+    assert not (tmp_path / "bad").exists()

@@ -183,8 +183,13 @@ def usual(model: str, *methods: str) -> list[str]:
     return [methods[0]] if model == "scenes-diffusion" else list(methods)
 
 
-def denoising(model: Any, **given: Any) -> Any:
+def denoising(model: Any, max_new_tokens: int | None, **given: Any) -> Any:
     """How a masked-diffusion model writes, checked; None for other models."""
     if given["schedule"] is not None:
         given["schedule"] = evals_module("specs").parse_value(given["schedule"])
-    return evals_module("prompts").denoising(model, given)
+    options = evals_module("prompts").denoising(model, given)
+    if options is not None and max_new_tokens is not None:
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens}: this model fills in all positions of an answer: --gen-length says how many"
+        )
+    return options

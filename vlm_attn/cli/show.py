@@ -130,6 +130,7 @@ def caption(
         loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
     denoise = denoising(
         loaded,
+        max_new_tokens,
         steps=steps,
         gen_length=gen_length,
         block_length=block_length,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn import host
-from vlm_attn.branch import Decoding, Run
+from vlm_attn.branch import Run
 from vlm_attn.diffusion import sampling
 from vlm_attn.diffusion.streams import DelayedStream, Stream, Work, image_ids
 from vlm_attn.families import family_of
@@ -384,10 +384,11 @@ def _check_model(model: Any, text: Any, s: Settings) -> None:
         )
     active = engine.active if engine is not None else ()
     names = "+".join(m.name for m in active)
-    contrasts = [m.name for m in active if isinstance(m, Decoding)]
-    if contrasts:
+    ahead = [m.name for m in active if m.token_by_token]
+    if ahead:
         raise ValueError(
-            f"{'+'.join(contrasts)} contrasts the next token of two streams, a canvas has none: use cfg_scale, or patch without"
+            f"{'+'.join(ahead)} acts on one token after the other, and a canvas is written all at once: patch without (what "
+            "contrasts two streams here is cfg_scale)"
         )
     if active and s.cache == "delayed":
         raise ValueError(f"cache='delayed' runs parts of layers, which {names} cannot follow: use prefix or none")
