@@ -27,6 +27,7 @@ import gradio as gr  # noqa: E402
 from vlm_attn.demo import link, markup  # noqa: E402
 from vlm_attn.demo.controls import Control, params  # noqa: E402
 from vlm_attn.demo.studio import (  # noqa: E402
+    CANVAS,
     MAX_BYTES,
     MAX_CHARACTERS,
     MAX_TOKENS,
@@ -130,8 +131,10 @@ def component(control: Control) -> Any:
 def build(studio: Studio) -> gr.Blocks:
     """The page over a studio."""
     known = [control for controls in studio.controls.values() for control in controls]
-    start = link.State()
-    scene_model = studio.name == "scenes"
+    start = link.START
+    if studio.denoises:
+        start = link.State(methods=("baseline", "late_step"), tokens=CANVAS, steps=CANVAS // 2)
+    scene_model = studio.name.startswith("scenes")
 
     def picture_of(path: str | None, scene: float | None) -> Picture:
         if scene is not None:
@@ -145,12 +148,18 @@ def build(studio: Studio) -> gr.Blocks:
 
     @told
     def describe(
-        path: str | None, scene: float | None, methods: list[str], prompt: str, tokens: float, *values: Any
+        path: str | None,
+        scene: float | None,
+        methods: list[str],
+        prompt: str,
+        tokens: float,
+        steps: float,
+        *values: Any,
     ) -> Any:
         picture = picture_of(path, scene)
         specs = studio.specs(methods, changed(methods, values))
         last = None
-        for last in studio.describe(picture, prompt, specs, int(tokens)):
+        for last in studio.describe(picture, prompt, specs, int(tokens), int(steps) if studio.denoises else None):
             yield markup.captions(last), last
         for run in last.runs if last is not None else ():
             if run.error:
@@ -197,19 +206,26 @@ def build(studio: Studio) -> gr.Blocks:
         return EXAMPLES[event.index]
 
     def to_query(
-        scene: float | None, methods: list[str], prompt: str, question: str, tokens: float, *values: Any
+        scene: float | None,
+        methods: list[str],
+        prompt: str,
+        question: str,
+        tokens: float,
+        steps: float,
+        *values: Any,
     ) -> str:
         number = None if scene is None else int(scene)
-        state = link.State(number, tuple(methods), tuple(changed(methods, values)), prompt, question, int(tokens))
-        return link.to_query(state)
+        found = tuple(changed(methods, values))
+        state = link.State(number, tuple(methods), found, prompt, question, int(tokens), int(steps))
+        return link.to_query(state, start)
 
     def restore(query: str) -> list[Any]:
-        state, wrong = link.from_query(query, SCENES, MAX_TOKENS, MAX_CHARACTERS)
+        state, wrong = link.from_query(query, SCENES, MAX_TOKENS, MAX_CHARACTERS, start)
         for sentence in wrong:
             gr.Warning(escape(sentence, quote=False))
         given = {key.strip(): value for key, _, value in (text.partition("=") for text in state.params)}
         fields = [_typed(control, given[control.key]) if control.key in given else gr.skip() for control in known]
-        return [state.scene, list(state.methods), state.prompt, state.question, state.tokens, *fields]
+        return [state.scene, list(state.methods), state.prompt, state.question, state.tokens, state.steps, *fields]
 
     with gr.Blocks(title="vlm-attn demo", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
@@ -274,7 +290,18 @@ def build(studio: Studio) -> gr.Blocks:
                         prompt = gr.Textbox(
                             start.prompt, label="Prompt", max_length=MAX_CHARACTERS, scale=3, elem_id="prompt"
                         )
-                        tokens = gr.Slider(1, MAX_TOKENS, start.tokens, step=1, label="Tokens at most", min_width=180)
+                        label = "Positions to fill in" if studio.denoises else "Tokens at most"
+                        tokens = gr.Slider(1, MAX_TOKENS, start.tokens, step=1, label=label, min_width=180)
+                        steps = gr.Slider(
+                            0 if not studio.denoises else 1,
+                            MAX_TOKENS,
+                            start.steps,
+                            step=1,
+                            label="Denoising steps",
+                            min_width=180,
+                            visible=studio.denoises,
+                            elem_id="steps",
+                        )
                     with gr.Row():
                         go = gr.Button("Describe", variant="primary", elem_id="describe")
                         stop = gr.Button("Stop", elem_id="stop")
@@ -303,7 +330,7 @@ def build(studio: Studio) -> gr.Blocks:
 
         sources = [upload, scene, methods]
         limited: dict[str, Any] = {"show_progress": "minimal", "concurrency_id": "model", "concurrency_limit": AT_ONCE}
-        parts = [scene, methods, prompt, question, tokens, *fields]
+        parts = [scene, methods, prompt, question, tokens, steps, *fields]
         upload.input(lambda: None, None, scene, show_progress="hidden", queue=False, api_visibility="private")
         scene.change(show_scene, scene, upload, show_progress="hidden", queue=False, api_visibility="private")
         gallery.select(example, None, scene, show_progress="hidden", queue=False, api_visibility="private")
@@ -311,7 +338,7 @@ def build(studio: Studio) -> gr.Blocks:
         writing = gr.on(
             [go.click, prompt.submit],
             describe,
-            [*sources, prompt, tokens, *fields],
+            [*sources, prompt, tokens, steps, *fields],
             [shown, result],
             api_name="describe",
             trigger_mode="once",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from vlm_attn import presets, registry
+from vlm_attn.branch import Decoding
 from vlm_attn.method import Method
 
 Kind = Literal["number", "whole", "switch", "choice", "text"]
@@ -123,11 +124,14 @@ ELSEWHERE = {"mvp": "answers closed questions only", "opera": "writes nothing be
 
 
 def all_controls(config: Any = None) -> dict[str, list[Control]]:
-    """The parameters of every registered method, by its name; without what the demo has not: denoising steps, `ELSEWHERE`."""
+    """The parameters, by name, of the methods that the demo has for a model: none for denoising steps where there are none and
+    none that contrasts next tokens where there are such steps, nor any of `ELSEWHERE`."""
+    denoises = getattr(config, "mask_token_id", None) is not None
     known = {
         name: info.cls
         for name, info in registry.methods().items()
-        if not getattr(info.cls, "timed", False) and name not in ELSEWHERE
+        if not (issubclass(info.cls, Decoding) if denoises else getattr(info.cls, "timed", False))
+        and name not in ELSEWHERE
     }
     return {name: controls(cls, config) for name, cls in known.items()}
 

@@ -22,6 +22,7 @@ class State:
         prompt: what to ask for.
         question: the yes/no question.
         tokens: longest answer.
+        steps: denoising steps; 0 for a model that has none.
     """
 
     scene: int | None = 3
@@ -30,23 +31,26 @@ class State:
     prompt: str = chair.PROMPT
     question: str = "Is there a dog in the image?"
     tokens: int = 64
+    steps: int = 0
 
 
-def to_query(state: State) -> str:
-    """The query, without its question mark; what is at its default is left out."""
-    start = State()
+START = State()
+
+
+def to_query(state: State, start: State = START) -> str:
+    """The query, without its question mark; of what is as at the start, only picture and methods are in it."""
     pairs: list[tuple[str, object]] = []
     if state.scene is not None:
         pairs.append(("scene", state.scene))
     pairs += [("method", method) for method in state.methods]
     pairs += [("param", param) for param in state.params]
-    for name in ("prompt", "question", "tokens"):
+    for name in ("prompt", "question", "tokens", "steps"):
         if getattr(state, name) != getattr(start, name):
             pairs.append((name, getattr(state, name)))
     return urlencode(pairs)
 
 
-def from_query(query: str, scenes: int, longest: int, characters: int) -> tuple[State, list[str]]:
+def from_query(query: str, scenes: int, longest: int, characters: int, start: State = START) -> tuple[State, list[str]]:
     """The state a query stands for. What cannot be used is left at its default and reported.
 
     Args:
@@ -54,12 +58,13 @@ def from_query(query: str, scenes: int, longest: int, characters: int) -> tuple[
         scenes: number of scenes there are.
         longest: largest ``tokens``.
         characters: length at which texts are refused.
+        start: the defaults.
 
     Returns:
         The state, and one sentence for each thing that was wrong.
     """
     pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=100)
-    start, wrong = State(), []
+    wrong = []
 
     def whole(name: str, low: int, high: int, default: int | None) -> int | None:
         text = next((value for key, value in pairs if key == name), None)
@@ -91,6 +96,7 @@ def from_query(query: str, scenes: int, longest: int, characters: int) -> tuple[
         prompt=words("prompt", start.prompt),
         question=words("question", start.question),
         tokens=whole("tokens", 1, longest, start.tokens) or start.tokens,
+        steps=whole("steps", 1, longest, start.steps) or start.steps,
     )
     return state, wrong
 

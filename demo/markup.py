@@ -22,16 +22,30 @@ CSS = """
 .run button.word[aria-pressed="true"] { background: var(--color-accent); color: white; }
 .run .false, .run button.word.false {
   text-decoration: underline wavy #dc2626 2px; text-underline-offset: 4px; font-weight: 600; }
+.run .canvas { display: flex; flex-wrap: wrap; gap: 0.25rem; margin: 0.5rem 0 0; padding: 0; list-style: none; }
+.run .canvas li { border-radius: 4px; padding: 0 0.3rem; line-height: 1.7; border: 1px solid var(--border-color-primary);
+  background: color-mix(in srgb, var(--color-accent) calc(var(--early) * 55%), transparent); }
+.run .canvas small { opacity: 0.75; margin-left: 0.25rem; }
+.run .canvas li.open { color: transparent; background: repeating-linear-gradient(45deg, transparent 0 4px,
+  var(--border-color-primary) 4px 6px); }
+.run .step { display: flex; align-items: center; gap: 0.5rem; margin-top: 0.5rem; font-size: 0.85rem; }
+.run .step input { flex: 1; min-width: 4rem; accent-color: var(--color-accent); }
 .note { opacity: 0.75; margin-top: 0.5rem; }
 """
 
-#: A word that is clicked (or entered with the keyboard) becomes a ``select`` event; arrow keys go from word to word.
+#: A canvas goes back to the step that its slider says. A word that is clicked (or entered with the keyboard) becomes a
+#: ``select`` event; arrow keys go from word to word.
 JS = """
 element.addEventListener('click', event => {
   const word = event.target.closest('button.word');
   if (!word) return;
   element.querySelectorAll('button.word').forEach(other => other.setAttribute('aria-pressed', other === word));
   trigger('select', {index: [Number(word.dataset.run), Number(word.dataset.word)], value: word.textContent});
+});
+element.addEventListener('input', event => {
+  const box = event.target.closest('.run'), step = Number(event.target.value);
+  event.target.nextElementSibling.textContent = step + ' of ' + event.target.max;
+  box.querySelectorAll('.canvas li').forEach(cell => cell.classList.toggle('open', Number(cell.dataset.step) > step));
 });
 element.addEventListener('keydown', event => {
   const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
@@ -66,6 +80,8 @@ def captions(result: Result) -> str:
 
 def _box(run: Run, number: int, done: bool) -> str:
     parts = [f"<h3>{escape(run.spec.label)}</h3>", f"<p>{_words(run, number, done) or '...'}</p>"]
+    if run.canvas:
+        parts.append(_canvas(run))
     if run.error:
         parts.append(f'<p class="error" role="alert">{escape(run.error)}</p>')
     if run.hallucinated:  # also readable without colour
@@ -73,9 +89,31 @@ def _box(run: Run, number: int, done: bool) -> str:
     if run.done and run.ids:
         speed = len(run.ids) / max(run.seconds, 1e-9)
         left = f" ({len(run.kept.index)} kept)" if run.kept is not None else ""
-        facts = f"{len(run.ids)} tokens, {speed:.0f} tokens/s, {run.visual} visual tokens{left}"
+        steps = f" in {run.steps} steps" if run.steps else ""
+        facts = f"{len(run.ids)} tokens{steps}, {speed:.0f} tokens/s, {run.visual} visual tokens{left}"
         parts.append(f'<p class="facts">{facts}</p>')
     return f'<section class="run" aria-label="{escape(run.spec.label)}">{"".join(parts)}</section>'
+
+
+def _canvas(run: Run) -> str:
+    """The positions of a masked-diffusion model's answer, each with its step; the earlier, the stronger its colour."""
+    last = max(run.steps, 1)
+    cells = []
+    for text, step in run.canvas:
+        if step:
+            early = 1 - (step - 1) / last
+            shown = f"{escape(text) or '&middot;'}<small>{step}</small>"
+            cells.append(f'<li data-step="{step}" style="--early: {early:.2f}" title="step {step}">{shown}</li>')
+        elif run.done:
+            cells.append('<li data-step="0" style="--early: 0" title="behind the end, never written">&middot;</li>')
+        else:
+            cells.append('<li class="open" data-step="0" style="--early: 0" title="still masked">&middot;</li>')
+    canvas = f'<ol class="canvas" aria-label="Canvas: words with the step that wrote them">{"".join(cells)}</ol>'
+    if not run.done:
+        return canvas
+    label = escape(f"Denoising step of {run.spec.label}")
+    slider = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="{label}">'
+    return f'{canvas}<label class="step">Step {slider}<output>{last} of {last}</output></label>'
 
 
 def _words(run: Run, number: int, done: bool) -> str:

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import vlm_attn
+from vlm_attn import diffusion
 from vlm_attn.demo.controls import all_controls
 from vlm_attn.demo.overlay import overlay, seen_box
 from vlm_attn.evals import pope, scenes
 from vlm_attn.evals.chair import coco_vocabulary
-from vlm_attn.evals.prompts import build_inputs
+from vlm_attn.evals.prompts import build_inputs, denoising
 from vlm_attn.evals.specs import MethodSpec, parse_specs
 from vlm_attn.families import image_token_ids
 from vlm_attn.patching import engine_of
@@ -41,6 +43,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_RUNS = 6
 MAX_CHARACTERS = 500
 MAX_TOKENS = 256
+CANVAS = 32  # positions of a masked-diffusion model's answer, where nothing else is asked for
 SPLIT = "validation"
 SCENES = 500
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*")
@@ -70,6 +73,9 @@ class Run:
         mentions: objects it names: text, category, start, end, hallucinated; None where the truth is unknown.
         gaze: attention ``[T, h, w]`` of every token, once it was asked for.
         kept: which image tokens it kept, None where its methods keep all.
+        steps: denoising steps done, of a masked-diffusion model.
+        shown: those of them that a page was told of.
+        canvas: its positions so far: the text, and the step that wrote it; 0 = none.
     """
 
     spec: MethodSpec
@@ -82,6 +88,9 @@ class Run:
     mentions: list[dict[str, Any]] | None = None
     gaze: Tensor | None = None
     kept: KeptImage | None = None
+    steps: int = 0
+    shown: int = 0
+    canvas: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def hallucinated(self) -> list[str]:
@@ -96,11 +105,12 @@ class Run:
 
 @dataclass
 class Result:
-    """What :meth:`Studio.describe` makes: a picture, a prompt, and the captions so far."""
+    """What :meth:`Studio.describe` makes: a picture, a prompt, the captions so far, and how they are denoised, if they are."""
 
     picture: Picture
     prompt: str
     runs: list[Run]
+    denoise: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +202,10 @@ def scene_picture(number: int) -> Picture:
     return Picture(scenes.render(scene), tuple(scene.categories), f"scenes:{SPLIT}/{number}")
 
 
+class _Stopped(Exception):
+    """Nobody waits for this denoising any more."""
+
+
 class Studio:
     """A model and what the demo does with it. Every call may come from any thread.
 
@@ -202,11 +216,16 @@ class Studio:
         model: an image-text-to-text model.
         processor: its processor.
         name: what it is called on the page.
+
+    Attributes:
+        controls: parameters of every method that it can run with.
+        denoises: whether the model fills in masked answers, in place of writing token after token.
     """
 
     def __init__(self, model: Any, processor: Any, name: str = "") -> None:
         self.model, self.processor, self.name = model, processor, name
         self.controls = all_controls(model.config)
+        self.denoises = denoising(model, {}) is not None
         self._encoding = threading.Lock()
 
     def shell(self) -> Any:
@@ -239,7 +258,9 @@ class Studio:
                 pass
         return found
 
-    def describe(self, picture: Picture, prompt: str, specs: Sequence[MethodSpec], tokens: int) -> Iterator[Result]:
+    def describe(
+        self, picture: Picture, prompt: str, specs: Sequence[MethodSpec], tokens: int, steps: int | None = None
+    ) -> Iterator[Result]:
         """Let all runs write at the same time.
 
         Args:
@@ -247,23 +268,28 @@ class Studio:
             prompt: what to ask for.
             specs: the runs.
             tokens: longest caption.
+            steps: of a masked-diffusion model; default: half as many.
 
         Yields:
             The same result over and over, each time with more in it; the last time every run is done. A run that
             fails carries its error, the others go on. Closing the iterator ends the generations.
 
         Raises:
-            ValueError: an empty or overlong prompt; ``tokens`` out of range.
+            ValueError: an empty or overlong prompt; ``tokens`` or ``steps`` out of range.
         """
         prompt = _text(prompt, "prompt")
         if not 1 <= tokens <= MAX_TOKENS:
             raise ValueError(f"A caption can have 1 to {MAX_TOKENS} tokens, not {tokens}.")
+        if steps is not None and not 1 <= steps <= tokens:
+            raise ValueError(f"{tokens} positions can be written in 1 to {tokens} steps, not {steps}.")
+        denoise = denoising(self.model, {"gen_length": tokens, "steps": steps}) if self.denoises else None
         inputs = self._inputs(picture, prompt)
         visual = torch.isin(inputs["input_ids"].cpu(), torch.tensor(image_token_ids(self.model.config)))
-        result = Result(picture, prompt, [Run(spec, int(visual.sum())) for spec in specs])
+        result = Result(picture, prompt, [Run(spec, int(visual.sum())) for spec in specs], denoise)
         stop = threading.Event()
         threads = [
-            threading.Thread(target=self._write, args=(run, inputs, tokens, stop), daemon=True) for run in result.runs
+            threading.Thread(target=self._write, args=(run, inputs, tokens, denoise, stop), daemon=True)
+            for run in result.runs
         ]
         try:
             for thread in threads:
@@ -279,37 +305,57 @@ class Studio:
             for thread in threads:
                 thread.join()
 
-    def _write(self, run: Run, inputs: Any, tokens: int, stop: threading.Event) -> None:
+    def _write(self, run: Run, inputs: Any, tokens: int, denoise: dict[str, Any] | None, stop: threading.Event) -> None:
         start = time.perf_counter()
         try:
             shell = self.shell()
             with run.spec.applied(shell, self.processor), torch.inference_mode():
                 start = time.perf_counter()
-                shell.generate(
-                    **inputs,
-                    max_new_tokens=tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=self.processor.tokenizer.pad_token_id,
-                    streamer=_Tokens(run.ids),
-                    stopping_criteria=[_Stop(stop)],
-                )
+                if denoise is not None:
+                    self._denoise(shell, run, inputs, denoise, stop)
+                else:
+                    shell.generate(
+                        **inputs,
+                        max_new_tokens=tokens,
+                        do_sample=False,
+                        num_beams=1,
+                        temperature=None,
+                        top_p=None,
+                        top_k=None,
+                        pad_token_id=self.processor.tokenizer.pad_token_id,
+                        streamer=_Tokens(run.ids),
+                        stopping_criteria=[_Stop(stop)],
+                    )
                 if run.spec.names and engine_of(shell).reduces:
                     run.kept = vlm_attn.kept(shell)[0]
+        except _Stopped:
+            pass
         except Exception as error:  # it must reach the page, whatever it is: this thread has nobody else to tell
             run.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
         run.seconds, run.done = time.perf_counter() - start, True
+
+    def _denoise(self, shell: Any, run: Run, inputs: Any, denoise: dict[str, Any], stop: threading.Event) -> None:
+        """The canvas step by step; the caption once it is whole."""
+        wrote = [0] * denoise["gen_length"]
+
+        def step(canvas: diffusion.Canvas) -> None:
+            if stop.is_set():
+                raise _Stopped
+            for place in canvas.written[0].nonzero().flatten().tolist():
+                wrote[place] = canvas.step
+            pieces = self.processor.tokenizer.batch_decode(canvas.tokens[0][:, None], skip_special_tokens=True)
+            run.canvas = list(zip((piece.strip() for piece in pieces), wrote, strict=True))
+            run.steps = canvas.step
+
+        run.ids = diffusion.generate(shell, inputs, on_step=step, **denoise).answers[0]
 
     def _read(self, result: Result) -> bool:
         """Bring texts up to date; whether anything is new."""
         news = False
         for run in result.runs:
-            text = self._decode(run.ids)
-            news |= text != run.text
-            run.text = text
+            text, steps = self._decode(run.ids), run.steps
+            news |= text != run.text or steps != run.shown
+            run.text, run.shown = text, steps
             run.mentions = _mentions(text, result.picture.objects)
         return news
 
@@ -338,11 +384,16 @@ class Studio:
             inputs = self._inputs(result.picture, result.prompt)
             with chosen.spec.applied(shell, self.processor):
                 options = {} if chosen.spec.names else {"processor": self.processor}
-                chosen.gaze = vlm_attn.gaze(shell, inputs, chosen.ids, **options)[0]
+                if result.denoise is None:
+                    maps = vlm_attn.gaze(shell, inputs, chosen.ids, **options)
+                else:
+                    again = partial(diffusion.stream, shell, inputs, **result.denoise)
+                    maps = vlm_attn.canvas_gaze(shell, inputs, again, **options)
+                chosen.gaze = maps[0]
         start, end = chosen.words[word]
-        maps = chosen.gaze[self._tokens_of(chosen, start, end)]
-        share = float(maps.sum((1, 2)).mean())
-        shown = self._over(result.picture.image, maps.mean(0))
+        rows = chosen.gaze[self._tokens_of(chosen, start, end)]
+        share = float(rows.sum((1, 2)).mean())
+        shown = self._over(result.picture.image, rows.mean(0))
         text = f'"{chosen.text[start:end]}" ({chosen.spec.label}): {share:.0%} of the attention is on the picture.'
         return shown, text
 
@@ -426,7 +477,7 @@ class Studio:
         truth = ""
         if picture.objects is not None and len(named) == 1:
             truth = "yes" if named <= set(picture.objects) else "no"
-        *_, result = self.describe(picture, question, specs, 10)
+        *_, result = self.describe(picture, question, specs, CANVAS if self.denoises else 10)
         answers = []
         for run in result.runs:
             says = "unclear" if run.error or pope.is_unparsed(run.text) else pope.parse_official(run.text) or "unclear"

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "scenes-diffusion-model.md": "evals/scenes/model_diffusion/README.md",
 }
 FILES = "evals/results"  # the measurements, as they are
+ARXIV = r"arXiv (\d{4}\.\d{4,5})"
 #: Headings of the navigation by the package that a method lies in.
 KINDS = {"hallucination": "Attention and decoding", "visual_token_ops": "Fewer visual tokens"}
 
@@ -83,7 +84,11 @@ def method_page(info: MethodInfo) -> str:
     """A method's page: what its docstrings say, its parameters, and what was published about it."""
     module = inspect.cleandoc(sys.modules[info.cls.__module__].__doc__ or "")
     idea, sections, rest = docstring(info.cls)
-    parts = [f"# {info.name}", _linked(info.paper) + ".", _markdown(f"{module}\n\n{idea}")]
+    numbers = re.findall(ARXIV, info.paper)
+    paper = "" if numbers and set(numbers) <= set(re.findall(ARXIV, module)) else f"{info.paper}."
+    first, _, more = idea.partition("\n")
+    texts = [f"# {info.name}", f"**{first}**", paper, module, more.strip()]
+    parts = [_markdown(text) for text in texts if text]
     if "Equation" in sections:
         parts += ["## Equation", f"```text\n{sections['Equation']}\n```"]
     parts += ["## Parameters", _parameters(info)]
@@ -148,7 +153,7 @@ def published() -> list[dict[str, Any]]:
 
 
 def _linked(text: str) -> str:
-    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+    return re.sub(ARXIV, r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
 def _markdown(text: str) -> str:

@@ -11,7 +11,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlm_attn.analysis import Explanation, RowSinks, Sink, explain, find_sinks, gaze, saliency, sinks
+    from vlm_attn.analysis import (
+        Explanation,
+        RowSinks,
+        Sink,
+        canvas_gaze,
+        explain,
+        find_sinks,
+        gaze,
+        saliency,
+        sinks,
+    )
     from vlm_attn.kernels import Group
     from vlm_attn.method import Method
     from vlm_attn.patching import is_patched, kept, patch, patched, spans, unpatch
@@ -30,6 +40,7 @@ _EXPORTS = {
     "Reducer": "vlm_attn.reduction",
     "RowSinks": "vlm_attn.analysis",
     "Sink": "vlm_attn.analysis",
+    "canvas_gaze": "vlm_attn.analysis",
     "explain": "vlm_attn.analysis",
     "find_sinks": "vlm_attn.analysis",
     "gaze": "vlm_attn.analysis",
@@ -53,6 +64,7 @@ __all__ = [
     "Reducer",
     "RowSinks",
     "Sink",
+    "canvas_gaze",
     "explain",
     "find_sinks",
     "gaze",

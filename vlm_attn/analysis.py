@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -300,7 +300,69 @@ def gaze(model: nn.Module, inputs: Mapping[str, Any], answer: Sequence[int], **o
         raise ValueError(
             f"gaze() follows one answer to one prompt, got {len(answer)} tokens, {len(inputs['input_ids'])} prompts"
         )
-    engine = engine_of(model)
+    with _watched(engine_of(model)) as (seen, calls), torch.no_grad():
+        model.generate(
+            **inputs,
+            max_new_tokens=len(answer),
+            logits_processor=[_Follow(answer, inputs["input_ids"].shape[1])],
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )  # type: ignore[operator]
+    rows = torch.stack([torch.stack([step[-1] for step in layer]) for layer in seen.values()]).mean(0)
+    return _per_position(calls[0], rows)
+
+
+def canvas_gaze(
+    model: nn.Module, inputs: Mapping[str, Any], denoise: Callable[[], Iterable[Any]], **options: Any
+) -> list[Tensor]:
+    """Where a masked-diffusion model looks in the step that writes each position of its answer, edits included.
+
+    The answer is denoised once more with the attention of every step kept.
+
+    Args:
+        model: a model, patched or not.
+        inputs: what the processor returned for one prompt.
+        denoise: gives the canvases of the answer, such as ``lambda: diffusion.stream(model, inputs, steps=16, cache="prefix")``
+            of :mod:`vlm_attn.diffusion`.
+        **options: for a model that is not patched, as :func:`gaze` takes them.
+
+    Returns:
+        For every image in order a float32 tensor ``[L, h, w]`` as :func:`gaze` gives it, for the L positions of the canvas;
+        zeros where none was written (behind the end).
+
+    Raises:
+        ValueError: more than one prompt; whatever :func:`vlm_attn.patch` and ``denoise`` raise.
+        NotImplementedError: a model whose logits stand one to the left of their positions.
+    """
+    if not is_patched(model):
+        with patched(model, _Bystander(), **options):
+            return canvas_gaze(model, inputs, denoise)
+    if options:
+        raise ValueError(ALREADY)
+    if len(inputs["input_ids"]) != 1:
+        raise ValueError(f"canvas_gaze() follows one answer to one prompt, got {len(inputs['input_ids'])} prompts")
+    if getattr(model.config, "logit_shift", False):
+        raise NotImplementedError("canvas_gaze() does not follow models whose logits are shifted by one (logit_shift)")
+    with _watched(engine_of(model)) as (seen, calls):
+        rows = torch.zeros(0, 0)
+        for canvas in denoise():
+            length = canvas.tokens.shape[1]
+            if not len(rows):
+                rows = torch.zeros(length, calls[0].prompt.length, device=canvas.tokens.device)
+            if seen:  # the last canvas may only say where rows were closed
+                now = torch.stack([layer[-1][-length:] for layer in seen.values()]).mean(0)
+                rows = torch.where(canvas.written[0, :, None], now, rows)
+            seen.clear()
+    return _per_position(calls[0], rows)
+
+
+@contextmanager
+def _watched(engine: Any) -> Iterator[tuple[dict[int, list[Tensor]], list[Call]]]:
+    """Inside, how the edited rows of every forward attend to the prompt: per layer and forward ``[Q, P]``, the mean over heads;
+    and the call they belong to."""
     seen: dict[int, list[Tensor]] = {}
     calls: list[Call] = []
 
@@ -315,34 +377,30 @@ def gaze(model: nn.Module, inputs: Mapping[str, Any], answer: Sequence[int], **o
             columns = left.keys(left.dropped + value.shape[2])[0]
         visual = torch.nn.functional.pad(call.prompt.visual[0], (0, 1))
         keys = visual[columns.clamp_max(call.prompt.length)].nonzero().flatten()
-        row = torch.zeros(call.prompt.length, device=value.device)
+        parts = []
         # Attention to a key is what comes out where its value is 1 and all others are 0: as many keys at a time as
         # values have numbers, so that every kernel takes them.
         for part in keys.split(value.shape[-1]):
             chosen = torch.zeros_like(value)
             chosen[:, :, part, torch.arange(len(part), device=part.device)] = 1
-            row[columns[part]] = attend(chosen)[0, :, -1, : len(part)].float().mean(0)
-        seen.setdefault(layer, []).append(row)
+            parts.append(attend(chosen)[0, :, :, : len(part)].float().mean(0))
+        among = torch.cat(parts, 1)
+        rows = torch.zeros(len(among), call.prompt.length, device=value.device)
+        rows[:, columns[keys]] = among
+        seen.setdefault(layer, []).append(rows)
 
     before = engine.methods
     kept = (m for m in before if m.name != "gaze" and not isinstance(m, Decoding))  # the tokens are given
     engine.methods, engine.watch = (*kept, _Bystander()), watch
     try:
-        with torch.no_grad():
-            model.generate(
-                **inputs,
-                max_new_tokens=len(answer),
-                logits_processor=[_Follow(answer, inputs["input_ids"].shape[1])],
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-            )  # type: ignore[operator]
+        yield seen, calls
     finally:
         engine.methods, engine.watch = before, None
-    rows = torch.stack([torch.stack(layer) for layer in seen.values()]).mean(0)
-    steps = [_on_images(calls[0], row[None]) for row in rows]
+
+
+def _per_position(call: Call, rows: Tensor) -> list[Tensor]:
+    """Rows ``[T, P]`` of one prompt as maps ``[T, h, w]`` per image."""
+    steps = [_on_images(call, row[None]) for row in rows]
     return [torch.stack(maps) for maps in zip(*steps, strict=True)]
 
 
@@ -451,4 +509,4 @@ def explain(processor: Any, inputs: Mapping[str, Any], *, query_span: Any = None
     return Explanation(rows=tuple(rows))
 
 
-__all__ = ["Explanation", "RowSinks", "Sink", "explain", "find_sinks", "gaze", "saliency", "sinks"]
+__all__ = ["Explanation", "RowSinks", "Sink", "canvas_gaze", "explain", "find_sinks", "gaze", "saliency", "sinks"]

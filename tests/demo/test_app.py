@@ -36,7 +36,7 @@ def describe(page: Any, **values: Any) -> str:
     keys = [control.key for found in all_controls().values() for control in found]
     given = {"path": None, "scene": 3}
     for name, value in values.items():
-        given[f"param_{5 + keys.index(name)}" if name in keys else name] = value
+        given[f"param_{6 + keys.index(name)}" if name in keys else name] = value
     return client(page).predict(**given, api_name="/describe")
 
 
@@ -244,9 +244,10 @@ class TestCommand:
                     [*command, "--port", port], capture_output=True, text=True, check=False, env=environment
                 )
                 assert second.returncode == 2
-                assert second.stderr.startswith("Error: ")
-                assert port in second.stderr
-                assert len(second.stderr.splitlines()) == 1
+                said = second.stderr.splitlines()[-1]  # other libraries may have warned before
+                assert said.startswith("Error: ")
+                assert port in said
+                assert "Traceback" not in second.stderr
             served.send_signal(ending)
             assert served.wait(60) == 0
         assert not list(tmp_path.glob("vlm-attn-demo-*"))

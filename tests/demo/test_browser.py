@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +11,9 @@ from PIL import Image
 
 from vlm_attn.demo.link import State
 
+from .browsing import keep, sync_api, word
+
 pytestmark = pytest.mark.browser
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("there is no chromium on this machine", allow_module_level=True)
-SCREENSHOTS = os.environ.get("VLM_ATTN_SCREENSHOTS")  # a folder to keep pictures of the page in
-LONG = 60_000  # ms; only to end a test that hangs
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def visit(browser: Any, page: Any) -> Iterator[Any]:
-    """Opens the page as a new visitor; none may have seen a script fail, or have asked another server for anything."""
-    contexts, errors, elsewhere = [], [], []
-
-    def start(query: str = "", **options: Any) -> Any:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        contexts.append(context)
-        tab = context.new_page()
-        tab.set_default_timeout(LONG)
-        tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.on("request", lambda request: elsewhere.append(request.url) if page.local_url not in request.url else None)
-        tab.goto(page.local_url + query)
-        tab.wait_for_selector("#describe")
-        tab.wait_for_selector("#picture img")  # the state of the link is there
-        return tab
-
-    yield start
-    for context in contexts:
-        context.close()
-    assert errors == []
-    assert [url for url in elsewhere if not url.startswith(("data:", "blob:"))] == []
-
-
-def keep(tab: Any, name: str) -> None:
-    if SCREENSHOTS:
-        tab.wait_for_timeout(1000)
-        tab.screenshot(path=str(Path(SCREENSHOTS) / name), full_page=True)
-
-
-def word(tab: Any, run: int, text: str) -> Any:
-    return tab.locator(f"#captions button.word[data-run='{run}']", has_text=text).first
 
 
 def test_main_flow(visit: Any) -> None:
@@ -149,6 +100,23 @@ def test_errors_are_messages(visit: Any, tmp_path: Path) -> None:
     tab.locator("#scene input").press("Tab")
     tab.click("#describe")  # and goes on
     word(tab, 0, "laptop").wait_for()
+
+
+def test_paste(visit: Any, page: Any) -> None:
+    """A picture from the clipboard takes the drawn scene's place."""
+    tab = visit(permissions=["clipboard-read", "clipboard-write"])
+    tab.evaluate("""async () => {
+      const canvas = Object.assign(document.createElement('canvas'), {width: 90, height: 60});
+      canvas.getContext('2d').fillRect(0, 0, 40, 40);
+      const blob = await new Promise(done => canvas.toBlob(done, 'image/png'));
+      await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]);
+    }""")
+    tab.get_by_role("button", name="Remove Image").click()
+    tab.get_by_role("button", name="Paste from clipboard").click()
+    tab.wait_for_function("document.querySelector('#picture img')?.naturalWidth === 90")
+    sync_api.expect(tab.locator("#scene input")).to_have_value("")
+    tab.click("#describe")
+    sync_api.expect(tab.locator("#captions")).to_contain_text("not known here")
 
 
 def test_yes_or_no(visit: Any) -> None:

@@ -24,6 +24,16 @@ def test_nothing_is_the_start() -> None:
     assert to_query(State()) == "scene=3&method=baseline&method=gift"
 
 
+def test_another_start() -> None:
+    """A masked-diffusion model's page has other defaults, which a link need not repeat."""
+    start = State(methods=("baseline", "late_step"), tokens=32, steps=16)
+    assert to_query(start, start) == "scene=3&method=baseline&method=late_step"
+    state = State(methods=("baseline",), tokens=32, steps=8)
+    assert to_query(state, start) == "scene=3&method=baseline&steps=8"
+    for wanted in (start, state):
+        assert from_query(to_query(wanted, start), **LIMITS, start=start) == (wanted, [])
+
+
 @pytest.mark.parametrize(
     ("query", "message"),
     [
@@ -31,6 +41,7 @@ def test_nothing_is_the_start() -> None:
         ("scene=-1", "scene='-1'"),
         ("scene=" + "9" * 5000, "not a number"),
         ("tokens=many", "tokens='many'"),
+        ("steps=0", "steps='0'"),
         ("method=gfit", "did you mean 'gift'"),
         ("method=gift&param=gift.alpha=99", "alpha=99 is outside"),
         ("method=gift&param=gift.alpha=[1", "must be a number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import vlm_attn
+from vlm_attn import diffusion
 from vlm_attn.demo import markup
 from vlm_attn.demo import studio as module
 from vlm_attn.demo.controls import all_controls
@@ -205,6 +207,78 @@ class TestLooking:
         for run, word in ((0, 99), (1, 0), (0, -1)):
             with pytest.raises(ValueError, match="not there any more"):
                 studio.look(result, run, word)
+
+
+class TestCanvas:
+    """A masked-diffusion model."""
+
+    def test_steps_are_those_of_the_decoder(self, canvas_studio: Any) -> None:
+        specs = canvas_studio.specs(["baseline", "late_step"], ["late_step.keep=4", "late_step.start_at=0"])
+        picture = scene_picture(3)
+        seen = [[run.steps for run in r.runs] for r in canvas_studio.describe(picture, PROMPT, specs, 24, 6)]
+        assert all(a <= b for x, y in itertools.pairwise(seen) for a, b in zip(x, y, strict=True))
+        *_, result = canvas_studio.describe(picture, PROMPT, specs, 24, 6)
+        tokenizer = canvas_studio.processor.tokenizer
+        for run in result.runs:
+            wrote = torch.zeros(24, dtype=torch.long)
+            shell = canvas_studio.shell()
+            with run.spec.applied(shell, canvas_studio.processor):
+                out = diffusion.generate(
+                    shell,
+                    canvas_studio._inputs(picture, PROMPT),
+                    on_step=lambda canvas, wrote=wrote: wrote.masked_fill_(canvas.written[0], canvas.step),
+                    **{"steps": 6, "gen_length": 24, "block_length": 24, "cache": "prefix"},
+                )
+            assert [step for _, step in run.canvas] == wrote.tolist()
+            assert run.steps == out.steps == 6
+            assert run.ids == out.answers[0]
+            said = [tokenizer.decode([token], skip_special_tokens=True).strip() for token in out.tokens[0].tolist()]
+            assert [text for text, _ in run.canvas] == said
+            assert run.text == tokenizer.decode(out.answers[0], skip_special_tokens=True).strip()
+            html = markup.captions(result)
+            assert all(f'data-step="{step}"' in html for step in range(1, 7))
+        assert result.runs[0].text != result.runs[1].text
+        assert result.runs[0].kept is None
+        assert len(result.runs[1].kept.index) == 4
+        assert "64 visual tokens (4 kept)" in html
+        assert "in 6 steps" in html
+
+    def test_words_look_at_what_they_name(self, canvas_studio: Any) -> None:
+        *_, result = canvas_studio.describe(scene_picture(3), PROMPT, canvas_studio.specs(["baseline"]), 32)
+        (run,) = result.runs
+        names = [run.text[start:end] for start, end in run.words]
+        image, sentence = canvas_studio.look(result, 0, names.index("elephant"))
+        assert image.size == (448, 448)
+        assert sentence.startswith('"elephant" (baseline): ')
+        top = int(run.gaze[run.canvas.index(next(cell for cell in run.canvas if cell[0] == "elephant"))].argmax())
+        assert abs(top % 8 - 129 // 28) <= 1  # where it stands
+        assert abs(top // 8 - 134 // 28) <= 1
+
+    def test_methods_that_fit(self, studio: Any, canvas_studio: Any) -> None:
+        assert {"late_step", "progressive", "divprune"} <= set(canvas_studio.controls)
+        assert not {"vcd", "dola", "mvp", "opera"} & set(canvas_studio.controls)
+        assert "late_step" not in studio.controls
+        *_, result = canvas_studio.describe(scene_picture(3), PROMPT, canvas_studio.specs(["vcd", "baseline"]), 8)
+        assert "a canvas has none" in result.runs[0].error
+        assert result.runs[1].text
+
+    def test_closing_the_stream_ends_the_denoising(self, canvas_studio: Any) -> None:
+        threads = threading.active_count()
+        stream = canvas_studio.describe(scene_picture(3), PROMPT, canvas_studio.specs(["baseline"]), 256, 256)
+        next(stream)
+        stream.close()
+        assert threading.active_count() == threads
+
+    def test_yes_and_no(self, canvas_studio: Any) -> None:
+        specs = canvas_studio.specs(["baseline"])
+        for thing, truth in (("elephant", "yes"), ("toilet", "no")):
+            (answer,) = canvas_studio.ask(scene_picture(3), f"Is there a {thing} in the image?", specs)
+            assert (answer.says, answer.truth) == (truth, truth)
+
+    @pytest.mark.parametrize(("tokens", "steps"), [(8, 9), (8, 0)])
+    def test_wrong_steps(self, canvas_studio: Any, tokens: int, steps: int) -> None:
+        with pytest.raises(ValueError, match=f"8 positions can be written in 1 to 8 steps, not {steps}"):
+            next(canvas_studio.describe(scene_picture(3), PROMPT, canvas_studio.specs(["baseline"]), tokens, steps))
 
 
 class TestAsk:

@@ -14,6 +14,7 @@ from tests.engine.test_saliency import GRIDS
 from tests.hallucination.test_gift import columns, gift_hand, map_by_hand
 from tests.helpers import ACTIVE, close, differ, generate, logits, on
 from tests.oracle import Hand, attentions, oracle
+from vlm_attn import diffusion
 from vlm_attn.patching import engine_of
 
 GIFT = ACTIVE["gift"]
@@ -129,3 +130,56 @@ class TestSinks:
         with on(model, "gift"), pytest.raises(ValueError, match="'gift', which knows no sinks"):
             vlm_attn.sinks(model, x)
         assert not vlm_attn.is_patched(model)
+
+
+class TestCanvasGaze:
+    @pytest.fixture(scope="class")
+    def bundled(self) -> Any:
+        from vlm_attn.evals import prompts, scenes
+        from vlm_attn.evals.models import load_model
+
+        model, processor = load_model("scenes-diffusion", "cpu")
+        picture = scenes.render(scenes.scene("validation", 3))
+        return model, processor, prompts.build_inputs(model, processor, [picture], ["Please describe this image."])
+
+    def test_is_the_attention_of_the_step_that_writes(self, bundled: Any) -> None:
+        """Against the maps that eager attention returns."""
+        model, processor, x = bundled
+        options: dict[str, Any] = {"steps": 5, "gen_length": 12, "cache": "prefix"}
+        (found,) = vlm_attn.canvas_gaze(model, x, lambda: diffusion.stream(model, x, **options), processor=processor)
+        model.set_attn_implementation("eager")
+        maps: list[Tensor] = []
+        handles = [
+            module.register_forward_hook(lambda module, args, out: maps.append(out[1]))
+            for name, module in model.named_modules()
+            if name.endswith("self_attn") and "language_model" in name
+        ]
+        try:
+            wanted = torch.full((12, x["input_ids"].shape[1]), torch.nan)
+            for canvas in diffusion.stream(model, x, **options):
+                rows = torch.stack(maps[-len(handles) :]).mean((0, 1, 2))  # [12, P + 12]
+                wanted = torch.where(canvas.written[0, :, None], rows[:, : wanted.shape[1]], wanted)
+        finally:
+            for handle in handles:
+                handle.remove()
+            model.set_attn_implementation("sdpa")
+        close(found.flatten(1), wanted[:, x["input_ids"][0] == model.config.image_token_id], 1e-5)
+        assert not vlm_attn.is_patched(model)
+
+    def test_pruned_tokens_get_nothing(self, bundled: Any) -> None:
+        model, processor, x = bundled
+        options: dict[str, Any] = {"steps": 4, "gen_length": 8, "cache": "prefix"}
+        with vlm_attn.patched(model, "late_step", start_at=0.5, keep=5, processor=processor):
+            wrote = torch.stack([canvas.written[0] for canvas in diffusion.stream(model, x, **options)])
+            (found,) = vlm_attn.canvas_gaze(model, x, lambda: diffusion.stream(model, x, **options))
+            gone = ~vlm_attn.kept(model)[0].mask
+        late = wrote[2:].any(0)
+        assert late.any()
+        assert not found[late][:, gone].any()
+        assert (found[~late][:, gone] > 0).all()
+
+    def test_wrong_input(self, bundled: Any) -> None:
+        model, processor, x = bundled
+        two = {key: torch.cat([value, value]) for key, value in x.items()}
+        with pytest.raises(ValueError, match="one answer to one prompt, got 2 prompts"):
+            vlm_attn.canvas_gaze(model, two, lambda: diffusion.stream(model, two), processor=processor)
