@@ -123,7 +123,8 @@ def _parameters(info: MethodInfo) -> str:
     found = controls(info.cls)
     if not found:
         return "None."
-    return "\n".join(f"- **`{c.name}`**, default `{c.default!r}`: {_markdown(c.help)}" for c in found)
+    shown = [f"{c.default:.4g}" if isinstance(c.default, float) else repr(c.default) for c in found]
+    return "\n".join(f"- **`{c.name}`**, default `{s}`: {_markdown(c.help)}" for c, s in zip(found, shown, strict=True))
 
 
 def _published(name: str) -> list[str]:
