@@ -36,14 +36,14 @@ def page(studio: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least 20 ms a token, so that something is seen of a stream on any machine."""
+def slowly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least 20 ms a token (or the parameter), so that something is seen of a stream on any machine."""
     from vlm_attn.demo import studio
 
     put = studio._Tokens.put
 
     def wait(self: Any, value: Any) -> None:
-        time.sleep(0.02)
+        time.sleep(getattr(request, "param", 0.02))
         put(self, value)
 
     monkeypatch.setattr(studio._Tokens, "put", wait)

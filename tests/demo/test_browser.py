@@ -68,6 +68,7 @@ def test_link(visit: Any) -> None:
     assert evil.title() == "vlm-attn demo"
 
 
+@pytest.mark.parametrize("slowly", [0.15], indirect=True)
 @pytest.mark.usefixtures("slowly")
 def test_stop(visit: Any) -> None:
     """The generations end, what was written so far stays, and the page goes on."""
@@ -76,7 +77,10 @@ def test_stop(visit: Any) -> None:
     tab.locator("#captions span.word").first.wait_for()
     assert [thread for thread in threading.enumerate() if "_write" in thread.name]
     tab.click("#stop")
-    tab.wait_for_timeout(1000)
+    for _ in range(60):
+        tab.wait_for_timeout(500)
+        if not [thread for thread in threading.enumerate() if "_write" in thread.name]:
+            break
     assert tab.locator("#captions button.word").count() == 0
     assert tab.locator("#captions span.word").count() > 0
     assert not [thread for thread in threading.enumerate() if "_write" in thread.name]
