@@ -37,6 +37,8 @@ COLUMNS = {
         "f1": "F1",
         "score": "AMBER ↑",
     },
+    "clipscore": {"clip_score": "CLIP-S ↑", "ref_clip_score": "RefCLIP-S ↑"},
+    "mmhal": {"score": "score ↑", "hallucination_rate": "hallucinates ↓"},
 }
 
 
@@ -72,6 +74,7 @@ def results_table(results: Mapping[str, Any]) -> Group:
     legend += {
         "chair": " Length in tokens. ↓ lower is better.",
         "amber": " Precision, recall and F1 of the answer no. ↓ lower is better.",
+        "mmhal": " The score goes from 0 to 6.",
     }.get(name, "")
     return Group(Text(title, style="bold"), *tables, Text(legend, style="dim"))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_attn.evals import amber, chair, pope
+from vlm_attn.evals import amber, chair, mmhal, pope
 from vlm_attn.evals._extras import require
 from vlm_attn.evals.coco import CocoDataset, read_jsonl
 from vlm_attn.evals.runner import SCHEMA_VERSION, versions
@@ -52,30 +52,12 @@ def score_chair(
         }
         for record in kept
     ]
-    label = Path(captions).stem
-    ids = [record["image_id"] for record in kept]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "status": "complete",
-        "eval": "chair",
-        "config": {
-            "model": label,
-            "data": dataset.name,
-            "variant": variant,
-            "images": len(ids),
-        },
-        "versions": versions(),
-        "image_ids_sha256": image_ids_hash(ids),
-        "parser": "coco_objects",
-        "counts": {
-            "samples": len(kept),
-            "finished": {label: len(kept)},
-            "skipped": len(records) - len(kept),
-            "empty": sum(not record["caption"].strip() for record in kept),
-        },
-        "metrics": {label: {variant: chair.summarise([sample["score"] for sample in samples])}},
-        "samples": samples,
+    counts = {
+        "skipped": len(records) - len(kept),
+        "empty": sum(not record["caption"].strip() for record in kept),
     }
+    metrics = {variant: chair.summarise([sample["score"] for sample in samples])}
+    return _results("chair", captions, dataset.name, samples, metrics, counts, {"variant": variant}, "coco_objects")
 
 
 def score_pope(answers: str | Path, questions: Sequence[str | Path], *, parser: str = "official") -> dict[str, Any]:
@@ -142,25 +124,9 @@ def score_pope(answers: str | Path, questions: Sequence[str | Path], *, parser: 
             )
     if not samples:
         raise ValueError(f"{answers}: none of its {len(records)} answers is to a question of {_names(questions)}")
-    label = Path(answers).stem
-    images = list(dict.fromkeys(sample["image_id"] for sample in samples))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "status": "complete",
-        "eval": "pope",
-        "config": {"model": label, "data": _names(questions), "images": len(images)},
-        "versions": versions(),
-        "image_ids_sha256": image_ids_hash(images),
-        "parser": parser,
-        "counts": {
-            "samples": len(samples),
-            "finished": {label: len(samples)},
-            "skipped": len(given) - len(used),
-            "unanswered": len(asked) - len(samples),
-        },
-        "metrics": {label: pope.summarise(pope.by_split(samples))},
-        "samples": samples,
-    }
+    counts = {"skipped": len(given) - len(used), "unanswered": len(asked) - len(samples)}
+    metrics = pope.summarise(pope.by_split(samples))
+    return _results("pope", answers, _names(questions), samples, metrics, counts, {}, parser)
 
 
 def score_amber(
@@ -211,23 +177,99 @@ def score_amber(
     ]
     if not samples:
         raise ValueError(f"{answers}: none of its {len(records)} answers is to a query of {loaded.name}")
-    label = Path(answers).stem
+    counts = {
+        "skipped": len(given) - len(samples),
+        "empty": sum(not sample["answer"].strip() for sample in samples),
+    }
+    metrics = amber.summarise(samples)
+    return _results("amber", answers, loaded.name, samples, metrics, counts, {"similarity": similarity}, parser)
+
+
+def score_clip(
+    captions: str | Path, data: str | Path, clip: str, *, split: str | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """CLIPScore of a file of captions.
+
+    Args:
+        captions: JSON lines with ``image_id`` and ``caption``.
+        data: COCO folder with the pictures; reference captions are used where there are any.
+        clip: a CLIP model of open_clip, ``architecture:weights``.
+        split: see `CocoDataset.from_folder`.
+        device: where CLIP runs.
+
+    Returns:
+        The fields of a results file. Captions of images that are not in the data are counted in ``counts["skipped"]``, those
+        that CLIP read only the beginning of in ``cut``.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: a file that is missing or malformed, no caption about an image of the
+            data, a picture that cannot be read, or a CLIP model that cannot be loaded.
+    """
+    from vlm_attn.evals import clipscore
+
+    require("scipy")
+    dataset = CocoDataset.from_folder(data, split)
+    records = chair.read_captions(captions)
+    known = set(dataset.image_ids)
+    kept = [record for record in records if record["image_id"] in known]
+    if not kept:
+        raise ValueError(f"{captions}: none of its {len(records)} captions is about an image of {dataset.name}")
+    scores = clipscore.clip_scores(clip, dataset, kept, device=device)
+    samples = [
+        {"image_id": r["image_id"], "answer": r["caption"], "score": s} for r, s in zip(kept, scores, strict=True)
+    ]
+    counts = {"skipped": len(records) - len(kept), "cut": sum(score["cut"] for score in scores)}
+    metrics = {"all": clipscore.summarise(scores)}
+    return _results("clipscore", captions, dataset.name, samples, metrics, counts, {"clip": clip})
+
+
+def score_mmhal(answers: str | Path, judge: str, *, template: str | Path | None = None) -> dict[str, Any]:
+    """MMHal-Bench of a file of answers, by a judge.
+
+    Args:
+        answers: see `mmhal.read_answers`.
+        judge: ``package.module:function``, from prompt to reply.
+        template: file with the judge's prompt; default: `mmhal.TEMPLATE`.
+
+    Returns:
+        The fields of a results file; replies without a rating are counted.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is missing or malformed, or no such judge.
+    """
+    require("scipy")
+    records = mmhal.read_answers(answers)
+    text = mmhal.TEMPLATE if template is None else Path(template).read_text(encoding="utf-8")
+    rated = mmhal.rate(records, mmhal.load_judge(judge), text)
+    counts = {"unparsed": sum(record["unparsed"] for record in rated)}
+    facts = {"judge": judge, "template": "own" if template is None else Path(template).name}
+    samples = [{"image_id": place, **record} for place, record in enumerate(rated)]
+    return _results("mmhal", answers, "MMHal-Bench", samples, mmhal.summarise(rated), counts, facts)
+
+
+def _results(
+    name: str,
+    file: str | Path,
+    data: str,
+    samples: Sequence[dict[str, Any]],
+    metrics: dict[str, Any],
+    counts: dict[str, int],
+    config: dict[str, Any],
+    parser: str | None = None,
+) -> dict[str, Any]:
+    """The fields of a results file, for answers of one file."""
+    label = Path(file).stem
     images = list(dict.fromkeys(sample["image_id"] for sample in samples))
     return {
         "schema_version": SCHEMA_VERSION,
         "status": "complete",
-        "eval": "amber",
-        "config": {"model": label, "data": loaded.name, "images": len(images), "similarity": similarity},
+        "eval": name,
+        "config": {"model": label, "data": data, **config, "images": len(images)},
         "versions": versions(),
         "image_ids_sha256": image_ids_hash(images),
-        "parser": parser,
-        "counts": {
-            "samples": len(samples),
-            "finished": {label: len(samples)},
-            "skipped": len(given) - len(samples),
-            "empty": sum(not sample["answer"].strip() for sample in samples),
-        },
-        "metrics": {label: amber.summarise(samples)},
+        **({} if parser is None else {"parser": parser}),
+        "counts": {"samples": len(samples), "finished": {label: len(samples)}, **counts},
+        "metrics": {label: metrics},
         "samples": samples,
     }
 

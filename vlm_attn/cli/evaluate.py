@@ -351,13 +351,12 @@ def score_pope(
     """
     quiet_warnings()
     results = evals_module("scoring").score_pope(answers, questions, parser=parser)
-    console = console_of(stderr=str(json_file) == "-")
-    if json_file is not None:
-        write_json(json_file, results)
-    console.print(evals_module("report").results_table(results))
-    for count, text in (("unanswered", "questions have no answer"), ("skipped", "answers are to no question")):
-        if results["counts"][count]:
-            console.print(f"{results['counts'][count]} {text}; they were left out.")
+    _print_scores(
+        results,
+        json_file,
+        unanswered="questions have no answer; they were left out",
+        skipped="answers are to no question; they were left out",
+    )
 
 
 @score_app.command("chair")
@@ -382,14 +381,12 @@ def score_chair(
     Example: [b]vlm-attn score chair --captions captions.jsonl --data COCO_DIR --variant instances[/b]
     """
     results = evals_module("scoring").score_chair(captions, data, split=split, variant=variant)
-    console = console_of(stderr=str(json_file) == "-")
-    if json_file is not None:
-        write_json(json_file, results)
-    console.print(evals_module("report").results_table(results))
-    if results["counts"]["skipped"]:
-        console.print(f"{results['counts']['skipped']} captions of images that are not in the data were left out.")
-    if results["counts"]["empty"]:
-        console.print(f"{results['counts']['empty']} captions are empty; they count, and name nothing.")
+    _print_scores(
+        results,
+        json_file,
+        skipped="captions of images that are not in the data were left out",
+        empty="captions are empty; they count, and name nothing",
+    )
 
 
 @score_app.command("amber")
@@ -410,14 +407,70 @@ def score_amber(
     Example: [b]vlm-attn score amber --answers answers.json --data AMBER_DIR[/b]
     """
     results = evals_module("scoring").score_amber(answers, data, parser=parser, similarity=similarity)
+    _print_scores(
+        results,
+        json_file,
+        skipped="answers are to no query; they were left out",
+        empty="answers are empty; they count",
+    )
+
+
+@score_app.command("clip")
+def score_clip(
+    captions: Annotated[Path, typer.Option(help="JSON lines with image_id and caption.")],
+    data: Annotated[Path, typer.Option(help="COCO folder with the pictures.")],
+    clip: Annotated[
+        str, typer.Option(help="A CLIP model of open_clip: architecture:weights, weights a name or a file.")
+    ] = "ViT-B-32-quickgelu:openai",
+    split: Annotated[str | None, typer.Option(help="val2014, val2017 ...", show_default="the first found")] = None,
+    device: Device = "auto",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
+    ] = None,
+) -> None:
+    """Score a file of captions with CLIPScore: how well they fit their pictures.
+
+    Example: [b]vlm-attn score clip --captions captions.jsonl --data COCO_DIR --clip ViT-B-32-quickgelu:weights.pt[/b]
+    """
+    device = evals_module("models").pick_device(device)
+    results = evals_module("scoring").score_clip(captions, data, clip, split=split, device=device)
+    _print_scores(
+        results,
+        json_file,
+        skipped="captions of images that are not in the data were left out",
+        cut="captions are longer than CLIP reads; only their beginning was scored",
+    )
+
+
+@score_app.command("mmhal")
+def score_mmhal(
+    answers: Annotated[Path, typer.Option(help="MMHal-Bench's JSON file with model_answer filled in.")],
+    judge: Annotated[str, typer.Option(help="package.module:function, from prompt to reply.")],
+    template: Annotated[
+        Path | None,
+        typer.Option(help="The judge's prompt, with {image_content}, {question}, {gt_answer}, {model_answer}."),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
+    ] = None,
+) -> None:
+    """Let a judge of yours rate answers to MMHal-Bench.
+
+    Example: [b]vlm-attn score mmhal --answers answers.json --judge my_judge:ask[/b]
+    """
+    results = evals_module("scoring").score_mmhal(answers, judge, template=template)
+    _print_scores(results, json_file, unparsed="replies hold no rating; they count 0")
+
+
+def _print_scores(results: dict[str, Any], json_file: Path | None, **remarks: str) -> None:
+    """Table, file, and a line for every count that is not 0."""
     console = console_of(stderr=str(json_file) == "-")
     if json_file is not None:
         write_json(json_file, results)
     console.print(evals_module("report").results_table(results))
-    for count, text in (
-        ("skipped", "answers are to no query; they were left out"),
-        ("empty", "answers are empty; they count"),
-    ):
+    for count, text in remarks.items():
         if results["counts"][count]:
             console.print(f"{results['counts'][count]} {text}.")
 
