@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import vlm_attn
+from vlm_attn import attention as attention_file
 from vlm_attn.call import Call
 from vlm_attn.families import family_of
 from vlm_attn.hallucination import gift as gift_file
@@ -23,10 +24,13 @@ from vlm_attn.kernels import Edit, ScoreEdit
 from vlm_attn.kernels.edited import one_hot_segments
 from vlm_attn.method import Method
 from vlm_attn.registry import method_class
+from vlm_attn.visual_token_ops import landmark, longheads, routed
 
 Inputs = dict[str, Any]
 T = TypeVar("T")
 
+# Of four layers with four heads: layer 1 has no head that retrieves, by either of the two.
+SCORES = ((0.9, 0.1, 0.2, 0.3), (0.0, 0.1, 0.1, 0.0), (0.1, 0.2, 0.0, 0.1), (0.3, 0.1, 0.5, 0.8))
 # Every tiny model has four layers. Layer 0 lies below the layer the map is read from, as in the preset of Qwen2-VL.
 ACTIVE: dict[str, dict[str, Any]] = {
     "gift": {"saliency_layers": (1,), "enhance_layers": (0, 2, 3), "alpha": 3.0, "query_words": "all"},
@@ -36,7 +40,14 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "vaf": {"visual": 1.5, "system": 0.7, "layers": (0, 1, 2)},
     "head_guided": {"alpha": 1.2, "layers": (1, 2)},
     "vhr": {"layers": (1, 2, 3)},
+    "duo": {"gates": ((0.9, 0.2), (0.1, 0.0), (0.3, 0.8), (0.6, 0.7)), "sink": 2, "recent": 6},
+    "razor": {"echo": SCORES, "induction": SCORES[::-1], "local": 5, "fraction": 0.1},
+    "landmark": {"keep": 0.4},
+    "longheads": {"keep": 0.4},
+    "routed": {"side": 2, "keep": 0.3},
 }
+# Methods that choose keys: they share one way into the attention, so one family tries them in every way of decoding.
+CHOOSERS = ("duo", "razor", "landmark", "longheads", "routed")
 NEUTRAL = {
     "gift": {**ACTIVE["gift"], "alpha": 0.0},
     "var": {**ACTIVE["var"], "p": 0.0},
@@ -45,6 +56,11 @@ NEUTRAL = {
     "vaf": {"visual": 1.0, "system": 1.0},
     "head_guided": {"alpha": 0.0},
     "vhr": {"alpha": 1.0},
+    "duo": {**ACTIVE["duo"], "sparsity": 0.0},
+    "razor": {**ACTIVE["razor"], "echo_share": 1.0},
+    "landmark": {"keep": 1.0},
+    "longheads": {"keep": 1.0},
+    "routed": {"keep": 1.0},
 }
 # Logits of two float32 routes, relative to their scale: rounding gives 1e-6 to 1e-5, depending on the machine's matrix library;
 # what a method does is above 1e-3.
@@ -183,7 +199,23 @@ def margins() -> Iterator[Margins]:
         found.smooth = True
         return score(self, *args, **kwargs)
 
+    choose, best = attention_file.choose_keys, landmark.best
+
+    def recorded_keys(*args: Any) -> Any:
+        found.smooth = True
+        return choose(*args)
+
+    def recorded_chunks(score: Tensor, count: Tensor) -> Tensor:
+        ordered = score.sort(-1, descending=True).values
+        index = count[:, None, None, None].expand(*score.shape[:3], 1)
+        last, next_one = (ordered.gather(3, i.clamp(0, score.shape[3] - 1)) for i in (index - 1, index))
+        found.add((last - next_one)[(index < score.shape[3]) & ((last != 0) | (next_one != 0))])  # a query of zeros
+        return best(score, count)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_file, "choose_keys", recorded_keys)
+        for file in (landmark, longheads, routed):
+            patch.setattr(file, "best", recorded_chunks)
         patch.setattr(vhr_file, "outliers", recorded_outliers)
         patch.setattr(vhr_file, "upper_half", recorded_half)
         patch.setattr(ScoreEdit, "__call__", recorded_score)

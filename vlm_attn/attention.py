@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn import host
+from vlm_attn.heads import choose_keys, view_of
 from vlm_attn.kernels import attention_rows, edited_attention
 
 if TYPE_CHECKING:
@@ -98,13 +99,27 @@ def vlm_attention(
         raise NotImplementedError("vlm_attn edits attention at inference only: call model.eval()")
     softcap = kwargs.get("softcap")
     shared: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    chooser = tag.engine.chooser(call)
     if call.mask is not None:
-        drawn = _drawn(call, query, key, value, **shared)
+        drawn = _drawn(call, query, key, value, **shared) if chooser is None else None
         if drawn is None:
             columns = torch.arange(query.shape[2], device=query.device) + call.past
             attention_mask = host.mask_like(call.mask.rows(columns, key.shape[2]), tag.base, query)
 
+    whole = share = None
+    if chooser is not None and getattr(module, "sliding_window", None) is None:
+        view = view_of(call, tag.layer, query, key, value, attention_mask, **shared, shared=tag.heads)
+        if call.mode == "edited" or chooser.edited_rows == "text":
+            chosen = choose_keys(chooser, call, view, attention_mask, tag.base)
+            if chosen is not None:
+                whole = plain()[0] if chosen[3] is not None else None
+                attention_mask, key, value, share = chosen
+        elif call.ahead is None:
+            chooser.read(call, view)
+
     def scaled(out: Tensor) -> Tensor:
+        if whole is not None and share is not None:
+            out = out + share[:, None] * (whole - out)
         factor = tag.engine.head_scale(call, tag.layer)
         return out if factor is None else scale_heads(out, tag.heads.own(factor))
 

@@ -40,12 +40,14 @@ class Kept:
         columns: ``[B, n]`` the columns that are there at all, ascending; None = all of them (masked, not dropped).
         full: whether nothing that is there has to be hidden.
         size: ``[B, P]`` how many tokens each column counts for in attention; None = 1.
+        counts: ``[B, n]`` how many columns each of these stands for; None = each for itself.
     """
 
     visible: Tensor
     columns: Tensor | None
     full: bool
     size: Tensor | None = None
+    counts: Tensor | None = None
 
     @property
     def dropped(self) -> int:
@@ -146,10 +148,10 @@ def before_layer(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before a decoder layer runs: choose, gather, mask. Returns the layer's new arguments, None where they stay."""
     call = engine.call
-    if call is None or call.mode == "other" or not any(isinstance(m, Reducer) for m in call.methods):
+    if call is None or call.mode == "other":
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    if call.mode == "prompt":
+    if call.mode == "prompt" and any(isinstance(m, Reducer) for m in call.methods):
         if layer == 0:
             call.reduction = _begin(engine, call, host.cache_of(kwargs), len(hidden))
         state = call.reduction

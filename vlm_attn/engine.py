@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_attn import dropping, host
+from vlm_attn import dropping, heads, host
 from vlm_attn.branch import Decoding, Run
 from vlm_attn.call import Call, PromptMask
 from vlm_attn.chat import ChatTemplate, find_question
@@ -131,6 +131,10 @@ class Engine:
         """Whether visual tokens are taken away."""
         return any(isinstance(m, Reducer) for m in self.active)
 
+    def chooser(self, call: Call) -> heads.HeadMethod | None:
+        """The method that chooses which keys a head sees."""
+        return next((m for m in call.methods if isinstance(m, heads.HeadMethod)), None)
+
     def edits(self, call: Call, layer: int, device: torch.device | None = None) -> list[Edit | ScoreEdit]:
         """Edits of a layer for the rows that run now, in the methods' order, on the device it runs on. They stay the same once
         the prompt has run."""
@@ -223,9 +227,10 @@ class Engine:
         cache = host.cache_of(inputs)
         call.first = host.cached_length(cache) if cache is not None and hasattr(cache, "get_seq_length") else 0
         call.earlier = getattr(cache, CACHE_NOTE, None)
-        if host.is_short(cache) and not self.reduces:
+        goes_on = call.earlier is not None and call.earlier.methods == call.methods
+        if host.is_short(cache) and not self.reduces and not goes_on:
             raise ValueError(
-                "the cache passed in holds fewer columns than it counts, from a call that dropped visual tokens: "
+                "the cache passed in holds fewer columns than it counts, from a call that let some go: "
                 "go on with the methods it was filled with, or pass no cache"
             )
         call.pixels = inputs.get("pixel_values")
@@ -396,6 +401,9 @@ class Engine:
             past = cache.get_seq_length()
             call.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
             call.mode = "edited"
+            chooser = self.chooser(call)
+            if chooser is not None:
+                heads.let_go(self, chooser, call, cache)
             return (), kwargs
         if kwargs.get("output_attentions") or getattr(self.text_config, "output_attentions", False):
             raise ValueError(
@@ -418,12 +426,28 @@ class Engine:
                 "leave out prefill_chunk_size, or patch without "
                 + "+".join(m.name for m in self.active if isinstance(m, Reducer))
             )
+        self._before_choosing(call, end)
         if self.mask is not None and not call.canvas:  # the denoising loop's mask has it
             kwargs["attention_mask"] = self._prompt_mask(call, cache, embeds)
         if end < prompt or not self.splits:
             self._pending = {"done": end >= prompt}
             return (), kwargs
         return (), self._run_body(module, kwargs, cache, past, prompt)
+
+    def _before_choosing(self, call: Call, end: int) -> None:
+        """A prompt begins to run, or goes on, under a method that chooses keys."""
+        chooser = self.chooser(call)
+        if chooser is None:
+            return
+        if chooser.whole_prompt and (end < call.prompt.length or call.past != call.first):
+            raise NotImplementedError(
+                f"{chooser.name}: the choice needs the whole prompt, so it must run in one piece: leave out "
+                "prefill_chunk_size, or call the model on the whole prompt"
+            )
+        earlier = call.earlier.reduction if call.first and call.earlier is not None else None
+        if earlier is not None and not self.reduces:
+            call.reduction = call.reduction or heads.taken_over(self, call, earlier)
+            call.reduction.length = call.length
 
     def _prompt_mask(self, call: Call, cache: Any, embeds: Tensor) -> Tensor:
         """The methods' mask for the rows that run now, in the host's format; where the kernel draws it, what has its shape."""
@@ -522,7 +546,7 @@ class Engine:
         cache = getattr(output, host.CACHE, None)
         call.cached_prompt = cache is not None and not pending.get("drop_cache")
         if pending["done"]:
-            if call.reduction is not None:
+            if call.reduction is not None and self.reduces:
                 self.kept = call.reduction.report(call.prompt.images)
                 if call.mode == "prompt":
                     dropping.restore(call, output)

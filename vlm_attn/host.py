@@ -264,6 +264,16 @@ class ShortLayer(DynamicLayer):
     def activate_past_recording(self) -> None:
         """Nothing to do: no past key is ever let go."""
 
+    def keep(self, index: Tensor) -> None:
+        """Let columns go: ``index [B, n]`` are those that stay, ascending, counted among those that are there."""
+        assert self.keys is not None
+        assert self.values is not None
+        wide = index.to(self.keys.device)[:, None, :, None]
+        self.dropped += self.keys.shape[-2] - index.shape[1]
+        self.keys, self.values = (
+            x.gather(2, wide.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.keys, self.values)
+        )
+
 
 def shorten(cache: Any, layers: int) -> bool:
     """Let every layer of a cache hold fewer columns than it counts. False where this kind of cache cannot.
@@ -574,7 +584,28 @@ def write_to(cache: Any, start: int | None) -> None:
 
 
 def keep_columns(cache: Any, layer: int, index: Tensor, of: int) -> None:
-    """Let columns of one layer of a :func:`slot_cache` go: of the first ``of``, ``index [B, n]`` stay; later ones all do."""
+    """Let columns of one layer of a shortened cache go: of the first ``of``, ``index [B, n]`` stay; later ones all do."""
     held = cache.layers[layer]
-    rest = torch.arange(of, held.held, device=index.device).expand(len(index), -1)
+    there = getattr(held, "held", held.keys.shape[-2])
+    rest = torch.arange(of, there, device=index.device).expand(len(index), -1)
     held.keep(torch.cat([index, rest], 1))
+
+
+def put_mean(cache: Any, layer: int, slot: Tensor, weight: Tensor) -> None:
+    """Put the weighted mean of a layer's keys, and of its values, in the place of one of them.
+
+    Args:
+        cache: a shortened cache.
+        layer: the layer.
+        slot: ``[B, 1]`` the place, counted among the columns that are there.
+        weight: ``[B, n]`` weights >= 0 of the first n columns; a row without any stays as it is.
+    """
+    held = cache.layers[layer]
+    slot, weight = slot.to(held.keys.device), weight.to(held.keys.device)
+    some = (weight.sum(1) > 0)[:, None, None, None]
+    share = weight / weight.sum(1, keepdim=True).clamp_min(1)
+    for name in ("keys", "values"):
+        old = getattr(held, name)
+        index = slot[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+        mean = torch.einsum("bn,bgnd->bgd", share, old[..., : weight.shape[1], :].float())[:, :, None].to(old.dtype)
+        setattr(held, name, old.scatter(2, index, torch.where(some, mean, old.gather(2, index))))

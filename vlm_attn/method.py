@@ -27,6 +27,8 @@ class ModelFacts:
         hidden: hidden size.
         causal: every row of every layer sees all earlier columns and no later one.
         uncovered: layers without attention (linear attention, convolution), which no edit reaches.
+        sliding: layers whose rows see a window of latest columns only.
+        kv_heads: number of key and value heads; 0 = as many as query heads.
     """
 
     model_type: str
@@ -35,6 +37,8 @@ class ModelFacts:
     hidden: int
     causal: bool = True
     uncovered: tuple[int, ...] = ()
+    sliding: tuple[int, ...] = ()
+    kv_heads: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

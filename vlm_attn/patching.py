@@ -23,6 +23,7 @@ from vlm_attn.families import (
     image_token_ids,
     merging_tower,
 )
+from vlm_attn.heads import HeadMethod, check_alone
 from vlm_attn.layout import is_span
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.reduction import KeptImage, Reducer
@@ -95,6 +96,8 @@ def patch(
         hidden=text_config.hidden_size,
         causal=host.is_causal(text_config) and not family_of(top).prefix_lm,
         uncovered=tuple(sorted(set(range(len(layers))) - {index for index, _ in attentions})),
+        sliding=tuple(index for index, module in attentions if getattr(module, "sliding_window", None) is not None),
+        kv_heads=getattr(text_config, "num_key_value_heads", None) or 0,
     )
     methods = resolve(method, parameters, top, facts, preset)
     canvas = host.canvas_decoder(model)
@@ -147,7 +150,7 @@ def patch(
     ]
     if canvas is not None:
         engine.handles.append(canvas.register_forward_pre_hook(engine.before_canvas, with_kwargs=True))
-    if any(m.read_hidden or isinstance(m, Reducer) for m in methods):
+    if any(m.read_hidden or isinstance(m, Reducer | HeadMethod) for m in methods):
         engine.handles += [
             layer.register_forward_pre_hook(LayerHook(engine, index), with_kwargs=True)
             for index, layer in enumerate(layers)
@@ -298,6 +301,7 @@ def resolve(
     if alone is not None and len(bound) > 1:
         others = "+".join(m.name for m in bound if m.name != alone)
         raise ValueError(f"{alone} goes by the attention of the plain model, which {others} changes; choose one")
+    check_alone(bound)
     masks = [m.name for m in bound if m.mask is not None]
     if len(masks) > 1:
         raise ValueError(f"{'+'.join(masks)}: each of them sets the attention mask of the prompt; choose one")

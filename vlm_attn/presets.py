@@ -11,6 +11,7 @@ from typing import Any
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.registry import suggest
 
+CALIBRATED = ("gift", "var", "duo", "razor")  # what evals/calibrate.py measures
 FOLDER = Path(__file__).parent / "presets"
 
 
@@ -125,7 +126,7 @@ def complete(method: Method, config: Any, facts: ModelFacts, preset: str | None)
         raise ValueError(
             f"{method.name} needs {', '.join(lacking)} for this model ({facts.model_type}, {facts.layers} layers, "
             f"hidden size {facts.hidden}) and no preset has it: pass {', '.join(f'{m}=...' for m in lacking)}, "
-            f"or preset= a preset's name or file (`vlm-attn calibrate` measures one for gift and var). "
+            f"or preset= a preset's name or file (`vlm-attn calibrate` measures one for {', '.join(CALIBRATED)}). "
             f"Bundled presets: {', '.join(bundled())}"
         )
     return replace(method, **{name: known[name] for name in missing})

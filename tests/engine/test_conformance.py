@@ -18,6 +18,7 @@ import vlm_attn
 from tests import tiny
 from tests.helpers import (
     ACTIVE,
+    CHOOSERS,
     MARGIN,
     NEUTRAL,
     Force,
@@ -34,7 +35,7 @@ from tests.helpers import (
     stock,
 )
 from vlm_attn import host
-from vlm_attn.attention import edited_attention, scale_heads, vlm_attention
+from vlm_attn.attention import choose_keys, edited_attention, scale_heads, vlm_attention
 from vlm_attn.engine import CACHE_NOTE
 from vlm_attn.patching import engine_of
 from vlm_attn.registry import method_class
@@ -62,14 +63,34 @@ def family_of(name: str) -> Family:
     return Family(name, *tiny.FAMILIES[name]())
 
 
-@pytest.fixture(params=tiny.FAMILIES)
+PAIRS = [(family, method) for family in tiny.FAMILIES for method in ACTIVE if method not in CHOOSERS]
+PAIRS += [("llava", method) for method in CHOOSERS]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every method on every family and every way, but for those that choose keys."""
+    few = {"test_second_call_compiles_nothing": ("duo", "landmark"), "test_many_new_tokens": ("duo", "razor")}
+    if metafunc.cls in (TestSlidingWindow, TestCompiled, TestLong) and "method" in metafunc.fixturenames:
+        chosen = few.get(metafunc.function.__name__, ())
+        metafunc.parametrize(
+            "method", [method for method in ACTIVE if method not in CHOOSERS or method in chosen], indirect=True
+        )
+    elif {"family", "method"} <= set(metafunc.fixturenames):
+        metafunc.parametrize(("family", "method"), PAIRS, indirect=True, ids=map("-".join, PAIRS))
+    elif "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", tiny.FAMILIES, indirect=True)
+    elif "method" in metafunc.fixturenames:
+        metafunc.parametrize("method", ACTIVE, indirect=True)
+
+
+@pytest.fixture
 def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     found = family_of(request.param)
     yield found
     assert not vlm_attn.is_patched(found.model)
 
 
-@pytest.fixture(params=ACTIVE)
+@pytest.fixture
 def method(request: pytest.FixtureRequest) -> str:
     if "family" in request.fixturenames:
         refused(request.getfixturevalue("family").model, request.param)
@@ -78,7 +99,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def edits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every edited attention call, and of every one whose heads are scaled."""
+    """Rows of every edited attention call, of every one whose heads are scaled, and of those whose keys are chosen."""
     calls: list[int] = []
 
     def counted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -89,6 +110,12 @@ def edits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(out.shape[1])
         return scale_heads(out, factor)
 
+    def chosen(method: Any, call: Any, view: Any, *args: Any) -> Any:
+        if call.mode == "edited":
+            calls.append(view.query.shape[2])
+        return choose_keys(method, call, view, *args)
+
+    monkeypatch.setattr("vlm_attn.attention.choose_keys", chosen)
     monkeypatch.setattr("vlm_attn.attention.edited_attention", counted)
     monkeypatch.setattr("vlm_attn.attention.scale_heads", scaled)
     return calls
@@ -229,13 +256,14 @@ class TestConformance:
 
     def speculate(self, family: Family, method: str, edits: list[int], **options: Any) -> None:
         x = family.one(seed=SEED + 1)
-        plain = generate(family.model, x, new=10)
-        if stock(lambda: generate(family.model, x, new=10, **options))[0].tolist() != plain[0].tolist():
+        new = 24 if method in CHOOSERS else 10  # long enough for a guess
+        plain = generate(family.model, x, new=new)
+        if stock(lambda: generate(family.model, x, new=new, **options))[0].tolist() != plain[0].tolist():
             pytest.skip("stock transformers: speculative and greedy decoding give different tokens for this family")
         with on(family.model, method), margins() as margin:
-            greedy = generate(family.model, x, new=10)
+            greedy = generate(family.model, x, new=new)
             edits.clear()
-            same(generate(family.model, x, new=10, **options), greedy)
+            same(generate(family.model, x, new=new, **options), greedy)
         margin.check()
         assert max(edits) > 1, "no candidate was ever checked"
 
@@ -249,6 +277,10 @@ class TestConformance:
         ]
         if not sizes:
             pytest.skip("stock transformers: chunked and whole prefill give different logits for this family")
+        if getattr(method_class(method), "whole_prompt", False):
+            with on(family.model, method), pytest.raises(NotImplementedError, match="in one piece"):
+                generate(family.model, x, prefill_chunk_size=sizes[0])
+            return
         with on(family.model, method), margins() as margin:
             whole = generate(family.model, x)
             for size in sizes:
@@ -458,7 +490,6 @@ class TestSecondTurn:
         margin.check()
         differ(scratch[1][0], reused[1][0])
 
-    @pytest.mark.parametrize("method", ACTIVE)
     def test_a_cache_keeps_little(self, family: Family, method: str) -> None:
         """Neither attention rows nor the calls of earlier turns."""
         with on(
@@ -506,7 +537,6 @@ class TestSecondTurn:
         same(reused, scratch)
 
 
-@pytest.mark.parametrize("method", ACTIVE)
 @pytest.mark.parametrize(
     ("window", "sliding"),
     [(12, (True, False, True, False)), (16, (True, False, True, False)), (14, (False, True, True, False))],
@@ -614,7 +644,6 @@ class TestCompiled:
 
 
 class TestLong:
-    @pytest.mark.parametrize("method", ACTIVE)
     def test_many_new_tokens(self, method: str) -> None:
         """More than the engine's buffers start with."""
         family = family_of("llava")
