@@ -6,6 +6,7 @@ Nothing is written here: the pages exist in the site only.
 from __future__ import annotations
 
 import inspect
+import json
 import posixpath
 import re
 import sys
@@ -36,11 +37,13 @@ KINDS = {"hallucination": "Attention and decoding", "visual_token_ops": "Fewer v
 
 
 def on_config(config: Any) -> None:
-    """Put the methods into the navigation."""
+    """Put the methods into the navigation, and at its end pages that it does not name."""
     (methods,) = (item["Methods"] for item in config.nav if "Methods" in item)
     for kind in dict.fromkeys(map(_kind, vlm_attn.methods().values())):
         found = [name for name, info in vlm_attn.methods().items() if _kind(info) == kind]
         methods.append({KINDS.get(kind, kind): [{name: f"methods/{name}.md"} for name in found]})
+    named = json.dumps(config.nav)
+    config.nav += [path.name for path in sorted((ROOT / "docs").glob("*.md")) if f'"{path.name}"' not in named]
 
 
 def on_files(files: Any, config: Any) -> None:
