@@ -111,7 +111,7 @@ class Agla(Branch):
         held = len(grid) if grid is not None else len(pixels) if pixels is not None and pixels.ndim == 4 else None
         whole = all(image.grid[0] * image.grid[1] == image.stop - image.start for image in images)
         if pixels is None or "pixel_values_videos" in run.inputs:
-            raise ValueError("agla changes pictures: pass pixel_values to generate()")
+            raise ValueError("agla changes pictures, no videos: pass pixel_values to generate()")
         if held != len(images) or not whole or any(image.grid[0] == 1 for image in images):
             raise NotImplementedError(
                 "agla hides parts of a picture by its grid of tokens, and here tokens and pixels are not laid out alike "

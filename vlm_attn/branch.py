@@ -311,7 +311,18 @@ def encoded_once(model: Any) -> Iterator[None]:
     if owner is None:
         yield
         return
-    stock = owner.get_image_features
+    kinds = [name for name in ("get_image_features", "get_video_features") if hasattr(type(owner), name)]
+    for name in kinds:
+        setattr(owner, name, _remembering(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for name in kinds:
+            delattr(owner, name)
+
+
+def _remembering(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that says again what it said to the tensors that it was last given."""
     names = signature(stock)
     last: list[tuple[dict[str, Tensor], Any]] = []
 
@@ -322,11 +333,7 @@ def encoded_once(model: Any) -> Iterator[None]:
             last[:] = [(given, stock(*args, **kwargs))]
         return copy(last[0][1])  # beams repeat what is in it, in place
 
-    owner.get_image_features = remembered
-    try:
-        yield
-    finally:
-        del owner.get_image_features
+    return remembered
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -405,7 +412,12 @@ def one_row(run: Run, row: int) -> dict[str, Tensor]:
         NotImplementedError: the pictures of the batch cannot be told apart (tiles of different number).
     """
     images = run.call.prompt.images
-    mine = [number for number, image in enumerate(images) if image.row == row]
+    still = [image for image in images if image.video is None]
+    mine = {  # numbers of the row's pictures, and of its videos
+        False: [number for number, image in enumerate(still) if image.row == row],
+        True: list(dict.fromkeys(image.video for image in images if image.row == row and image.video is not None)),
+    }
+    count = {False: len(still), True: len({image.video for image in images} - {None})}
     inputs = run.inputs
     shape, shown = inputs["input_ids"].shape, inputs["attention_mask"][row] != 0
     taken = {}
@@ -413,11 +425,14 @@ def one_row(run: Run, row: int) -> dict[str, Tensor]:
         grid = inputs.get(PIXELS.get(name, ""))
         if value.shape == shape:
             taken[name] = value[row : row + 1, shown]
-        elif shape[0] == 1:
+            continue
+        if shape[0] == 1:
             taken[name] = value
-        elif grid is None and len(value) % len(images):
+            continue
+        of_video = "video" in name
+        if grid is None and (not count[of_video] or len(value) % count[of_video]):
             raise NotImplementedError(f"the pictures in {name} cannot be told apart: give one prompt at a time")
-        else:
-            parts = value.split(grid.prod(-1).tolist() if grid is not None else len(value) // len(images))
-            taken[name] = torch.cat([parts[number] for number in mine])
+        parts = value.split(grid.prod(-1).tolist() if grid is not None else len(value) // count[of_video])
+        if mine[of_video]:
+            taken[name] = torch.cat([parts[number] for number in mine[of_video]])
     return taken

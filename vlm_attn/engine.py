@@ -24,7 +24,7 @@ from vlm_attn import dropping, heads, host
 from vlm_attn.branch import Decoding, Run
 from vlm_attn.call import Call, PromptMask
 from vlm_attn.chat import ChatTemplate, find_question
-from vlm_attn.families import family_of, image_token_ids, split_images
+from vlm_attn.families import family_of, image_token_ids, split_images, split_videos, video_token_ids
 from vlm_attn.kernels import Edit, ScoreEdit, merged, triton_first
 from vlm_attn.kernels.masks import Mask
 from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
@@ -190,6 +190,7 @@ class Engine:
         device = embeds.device if isinstance(embeds, Tensor) else ids.device  # type: ignore[union-attr]
         first = _padding(mask, batch)
 
+        video = torch.zeros(batch, length, dtype=torch.bool, device=device)
         if spans.get("visual") is not None:
             visual = torch.zeros(batch, length, dtype=torch.bool, device=device)
             for row, row_spans in enumerate(per_row(spans["visual"], batch, "visual")):
@@ -197,7 +198,8 @@ class Engine:
                     start, stop = check_span(span, row, first[row], length, "visual")
                     visual[row, start:stop] = True
         elif isinstance(ids, Tensor) and ids.shape == (batch, length):
-            visual = visual_columns(ids, image_token_ids(self.model_config))
+            video = visual_columns(ids, video_token_ids(self.model_config))
+            visual = visual_columns(ids, image_token_ids(self.model_config)) | video
         else:
             raise ValueError(
                 "inputs_embeds hide where the image and the question are: "
@@ -219,8 +221,9 @@ class Engine:
             )
 
         query, role = self._question(ids, mask, visual, first, spans.get("query"))
-        image_runs = [runs(row) for row in visual]
-        images = split_images(self.model_config, image_runs, inputs)
+        images = split_images(self.model_config, [runs(row) for row in visual & ~video], inputs)
+        images += split_videos(self.model_config, [runs(row) for row in video], inputs)
+        images = tuple(sorted(images, key=lambda image: (image.row, image.start)))
         layout = build_layout(visual, mask, query, role, images)
         call = Call(prompt=layout, methods=self.active, input_ids=ids if isinstance(ids, Tensor) else None, batch=batch)
         call.canvas = canvas

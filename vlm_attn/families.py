@@ -20,6 +20,8 @@ from vlm_attn.layout import ImageSpan, Span
 Grid = tuple[tuple[int, int], int]
 Size = tuple[int, int]
 GridRule = Callable[[Any, Mapping[str, Any], int, int], Grid]
+# (config, call inputs, row-major index of the video) -> frames, and the grid of each; None = not known
+FrameRule = Callable[[Any, Mapping[str, Any], int], tuple[int, tuple[int, int]] | None]
 
 
 def _no_grid(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
@@ -59,6 +61,29 @@ def _thw(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Gri
     return ((t * h, w), 0) if t * h * w == tokens else ((1, tokens), 0)
 
 
+def _thw_frames(config: Any, inputs: Mapping[str, Any], video: int) -> tuple[int, tuple[int, int]] | None:
+    """Qwen-VL: ``video_grid_thw``, as its images."""
+    grids = inputs.get("video_grid_thw")
+    if grids is None or video >= len(grids):
+        return None
+    merge = config.vision_config.spatial_merge_size
+    t, h, w = (int(v) for v in grids[video])
+    return t, (h // merge, w // merge)
+
+
+def _pooled_frames(config: Any, inputs: Mapping[str, Any], video: int) -> tuple[int, tuple[int, int]] | None:
+    """LLaVA-OneVision: square frames, two by two patches a token, and one newline token behind the last."""
+    frames = inputs.get("pixel_values_videos")
+    if frames is None:
+        return None
+    side = -(-(config.vision_config.image_size // config.vision_config.patch_size) // 2)
+    return frames.shape[1], (side, side)
+
+
+def _no_frames(config: Any, inputs: Mapping[str, Any], video: int) -> None:
+    return None
+
+
 def _positions(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
     """Gemma 4: ``image_position_ids`` of the patches (x, y; -1 is padding), pooled ``pooling_kernel_size`` each way."""
     places = inputs.get("image_position_ids")
@@ -91,6 +116,7 @@ class Family:
 
     Attributes:
         grid: how an image's tokens form a picture.
+        frames: how a video's tokens form frames.
         tokens_per_image: tokens of one image, to split images that stand side by side; None = one run, one image.
         prefix_lm: prompt rows see the whole prompt, so the last token is run again instead of being split off.
         reducible: its decoder layers are known to take fewer rows (positions and masks come as arguments, nothing else runs
@@ -103,6 +129,7 @@ class Family:
     """
 
     grid: GridRule = _no_grid
+    frames: FrameRule = _no_frames
     tokens_per_image: Callable[[Any, Mapping[str, Any]], int | None] | None = None
     prefix_lm: bool = False
     reducible: bool = False
@@ -176,10 +203,11 @@ FAMILIES: dict[str, Family] = {
         place=_anyres,
         whole_patches=True,
     ),
-    "qwen2_vl": Family(grid=_thw, reducible=True),
-    "qwen2_5_vl": Family(grid=_thw, reducible=True),
-    "qwen3_vl": Family(grid=_thw, reducible=True),
-    "qwen3_vl_moe": Family(grid=_thw, reducible=True),
+    "qwen2_vl": Family(grid=_thw, frames=_thw_frames, reducible=True),
+    "qwen2_5_vl": Family(grid=_thw, frames=_thw_frames, reducible=True),
+    "qwen3_vl": Family(grid=_thw, frames=_thw_frames, reducible=True),
+    "qwen3_vl_moe": Family(grid=_thw, frames=_thw_frames, reducible=True),
+    "llava_onevision": Family(frames=_pooled_frames),
     "internvl": Family(grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled),
     "gemma3": Family(grid=_square, reducible=True),
     "paligemma": Family(
@@ -211,6 +239,12 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
             "so the image's columns cannot be found"
         )
     return ids
+
+
+def video_token_ids(config: Any) -> tuple[int, ...]:
+    """Ids that stand for the tokens of a video in a prompt; none where images and videos share theirs."""
+    found = [getattr(config, name, None) for name in ("video_token_id", "video_token_index")]
+    return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i not in image_token_ids(config)))
 
 
 def image_marker_ids(config: Any) -> list[int]:
@@ -357,3 +391,37 @@ def split_images(config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[s
                 tiles = family.tiles(config, step, pixels)
                 images.append(ImageSpan(row, first, first + step, grid, offset, tiles, pixels))
     return tuple(images)
+
+
+def split_videos(config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[str, Any]) -> tuple[ImageSpan, ...]:
+    """Frames of the videos of a batch from the runs of video tokens of its rows.
+
+    A video is one run, or one run per frame where text (the frame's time) stands between them.
+
+    Args:
+        config: the model's config.
+        spans: per row, the half-open runs of video tokens.
+        inputs: the call's inputs (``video_grid_thw``, ``pixel_values_videos`` where given).
+    """
+    frames: list[ImageSpan] = []
+    video = -1
+    for row, row_spans in enumerate(spans):
+        left, frame, grid = 0, 0, (1, 0)  # frames of the video that are still to come
+        for start, stop in row_spans:
+            if not left:
+                video += 1
+                known = family_of(config).frames(config, inputs, video)
+                left, grid = known if known is not None else (1, (1, stop - start))
+                frame = 0
+            size = grid[0] * grid[1]
+            here = min(left, (stop - start) // size)
+            if (
+                not here or stop - start > here * size + 1
+            ):  # not what the inputs say (a newline may stand behind the last)
+                here, left, size, grid = 1, 1, stop - start, (1, stop - start)
+            for n in range(here):
+                first = start + n * size
+                last = stop if n == here - 1 else first + size
+                frames.append(ImageSpan(row, first, last, grid, video=video, frame=frame))
+                frame, left = frame + 1, left - 1
+    return tuple(frames)

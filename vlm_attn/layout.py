@@ -20,7 +20,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """One image of one row: its columns in the prompt and the grid they form.
+    """One image of one row, or one frame of a video: its columns in the prompt and the grid they form.
 
     Attributes:
         row: row of the batch.
@@ -30,6 +30,8 @@ class ImageSpan:
         first: index of the first grid token inside the image's tokens (an overview may stand before or behind tiles).
         tiles: how many pictures the vision tower sees of it.
         size: ``(height, width)`` of the picture in pixels, where the processor says it.
+        video: number of the video that it is a frame of, in the order of rows and columns; None = an image.
+        frame: number of the frame: a video's grid is ``(t, h, w)``, with t spans of ``(h, w)``.
     """
 
     row: int
@@ -39,6 +41,8 @@ class ImageSpan:
     first: int = 0
     tiles: int = 1
     size: tuple[int, int] | None = None
+    video: int | None = None
+    frame: int = 0
 
 
 @dataclass(frozen=True)
