@@ -24,6 +24,8 @@ ELSEWHERE = {  # what acts on something that this file does not do
 }
 SAME = {"mode": "mask"}  # documented to give the same logits
 NAMES = {("cdpruner", "clip"), ("trim", "clip")}  # which model is asked
+SCORES = tuple(tuple((7 * layer + 5 * head) % 16 / 16 for head in range(4)) for layer in range(4))
+OTHERS = tuple(tuple(float(head == layer) for head in range(4)) for layer in range(4))
 EDGES = {"sink_dims": (3, 7), "tau": 1.5, "rho": 0.1, "visual_floor": 0.02}
 ILVAD = {"alpha": 2.0, "beta": 0.5, "tau": 0.6, "tokens": 5, "layers": (0, 2, 3)}
 
@@ -35,6 +37,11 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]]
         {"alpha": 0.0, "beta": 0.0},
     ),
     "dola": ({"beta": 0.0}, {"layers": "high", "beta": 0.5}, None),
+    "duo": (
+        {"gates": ((0.9, 0.1), (0.2, 0.8), (0.7, 0.3), (0.4, 0.6)), "sink": 1, "recent": 4},
+        {"gates": ((0.1, 0.9), (0.8, 0.2), (0.3, 0.7), (0.6, 0.4)), "sparsity": 0.75, "sink": 6, "recent": 12},
+        {"sparsity": 0.0},
+    ),
     "gift": (
         {"saliency_layers": (1,), "enhance_layers": (0, 2, 3), "alpha": 3.0},
         {
@@ -55,6 +62,8 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]]
         {"alpha": 1.0, "beta": 1.0, "tau": 1.2, "tokens": 3, "layers": (1,), "clip_sigma": 0.5},
         {"alpha": 0.0, "beta": 1.0},
     ),
+    "landmark": ({"keep": 1}, {"keep": 2, "tile": 1, "summaries": False}, {"keep": 1.0}),
+    "longheads": ({"keep": 1}, {"keep": 2, "tile": 1}, {"keep": 1.0}),
     "opera": (
         {"beams": 3, "candidates": 4, "warmup": 1, "factor": 1e-2, "threshold": 100},
         {"beams": 2, "candidates": 2, "scale": 5.0, "weight": 9.0, "factor": 1.0, "warmup": 9, "threshold": 1},
@@ -66,6 +75,19 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]]
         {"alpha": 0.5, "beta": 0.9, "layers": (3,), "share": 0.2, "fence": 3.0},
         {"alpha": 0.0, "beta": 0.0},
     ),
+    "razor": (
+        {
+            "echo": SCORES, "induction": SCORES[::-1], "echo_share": 0.25, "induction_share": 0.25, "sink": 1, "local": 4,
+            "fraction": 0.0,
+        },
+        {
+            "echo": OTHERS, "induction": OTHERS, "echo_share": 0.5, "induction_share": 0.6, "sink": 6, "local": 10,
+            "fraction": 0.6, "compensate": False,
+        },
+        {"echo_share": 1.0},
+    ),
+    "recycled": ({"keep": 0.3, "stride": 2}, {"keep": 0.6, "stride": 50}, {"stride": 1}),
+    "routed": ({"side": 3, "keep": 2}, {"side": 2, "keep": 4}, {"keep": 1.0}),
     "vaf": ({}, {"visual": 1.5, "system": 0.6, "layers": (3,)}, {"visual": 1.0, "system": 1.0}),
     "var": (
         EDGES,
@@ -155,7 +177,7 @@ def test_every_field_of_every_method_is_here() -> None:
     assert {*METHODS, *REDUCERS, *ELSEWHERE} == set(registry.METHODS), "a new method needs its row above"
     for name in [*METHODS, *REDUCERS]:
         known = {field.name for field in fields(registry.method_class(name))}
-        common = {"keep", "mode", "compensate"} if name in REDUCERS else set()
+        common = {"keep", "mode", "compensate"} if name in REDUCERS else {"mode"} & known
         spare = {field for method, field in NAMES if method == name}
         if name == "var":
             common = {"cosine"}  # of the other detector: tests/engine/test_sinks.py

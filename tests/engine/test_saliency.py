@@ -15,7 +15,9 @@ from tests.helpers import ACTIVE, close, generate, logits, on, same
 from tests.oracle import attentions
 from vlm_attn import presets
 from vlm_attn.hallucination import Gift
+from vlm_attn.method import ModelFacts
 from vlm_attn.patching import engine_of
+from vlm_attn.registry import method_class
 
 GRIDS = {
     "llava": (3, 3),
@@ -141,9 +143,13 @@ class TestPresets:
             assert preset["model"]["model_type"], name
             assert set(preset["provenance"]) == set(preset["methods"]), name
             layers = preset["model"]["text_config.num_hidden_layers"]
-            gift, var = preset["methods"]["gift"], preset["methods"]["var"]
-            assert all(0 <= layer < layers for layer in [*gift["saliency_layers"], *gift["enhance_layers"]])
-            assert all(0 <= dim < preset["model"]["text_config.hidden_size"] for dim in var["sink_dims"])
+            hidden = preset["model"]["text_config.hidden_size"]
+            for method, parameters in preset["methods"].items():
+                built = method_class(method)(
+                    **{k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}
+                )
+                facts = ModelFacts(model_type="any", layers=layers, heads=32, hidden=hidden)
+                built.bind(facts)  # layers and dimensions that the model has
 
     @pytest.mark.parametrize(
         ("shape", "saliency", "enhance", "alpha", "dims"),
