@@ -32,8 +32,8 @@ ELSEWHERE = {
 }
 FILES = "evals/results"  # the measurements, as they are
 ARXIV = r"arXiv (\d{4}\.\d{4,5})"
-#: Headings of the navigation by the package that a method lies in.
-KINDS = {"hallucination": "Attention and decoding", "visual_token_ops": "Fewer visual tokens"}
+#: Headings of the navigation by the package that a method lies in; reducers have their own.
+KINDS = {"hallucination": "Attention and decoding", "visual_token_ops": "What every head sees"}
 
 
 def on_config(config: Any) -> None:
@@ -41,7 +41,7 @@ def on_config(config: Any) -> None:
     (methods,) = (item["Methods"] for item in config.nav if "Methods" in item)
     for kind in dict.fromkeys(map(_kind, vlm_attn.methods().values())):
         found = [name for name, info in vlm_attn.methods().items() if _kind(info) == kind]
-        methods.append({KINDS.get(kind, kind): [{name: f"methods/{name}.md"} for name in found]})
+        methods.append({kind: [{name: f"methods/{name}.md"} for name in found]})
     named = json.dumps(config.nav)
     config.nav += [path.name for path in sorted((ROOT / "docs").glob("*.md")) if f'"{path.name}"' not in named]
 
@@ -119,7 +119,10 @@ def docstring(cls: type) -> tuple[str, dict[str, str], str]:
 
 
 def _kind(info: MethodInfo) -> str:
-    return info.cls.__module__.split(".")[1]
+    if issubclass(info.cls, vlm_attn.Reducer):
+        return "Fewer visual tokens"
+    package = info.cls.__module__.split(".")[1]
+    return KINDS.get(package, package)
 
 
 def _parameters(info: MethodInfo) -> str:
