@@ -7,7 +7,7 @@ photos and a renderer that draws scenes on demand look the same to CHAIR, POPE a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -248,6 +248,24 @@ class CocoDataset:
             )
         except ValueError as error:
             raise ValueError(f"{instances_file}: {error}") from error
+
+    @classmethod
+    def of_pictures(cls, path: str | Path, names: Mapping[int, str]) -> CocoDataset:
+        """A folder of pictures about which nothing is annotated, for questions that bring their answers.
+
+        Args:
+            path: the folder; the pictures lie in it, or in ``images/``.
+            names: image id -> file name.
+
+        Raises:
+            FileNotFoundError: no such folder.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
+        images = [{"id": image, "file_name": name} for image, name in names.items()]
+        instances = {"images": images, "annotations": [], "categories": [{"id": 0, "name": "unknown"}]}
+        return cls(folder.name, instances, None, FolderImages(folder, ("images", "."), instances))
 
 
 class FolderImages:

@@ -71,13 +71,19 @@ def prompts(records: Sequence[Mapping[str, Any]], template: str = TEMPLATE) -> l
     missing = [name for name in FIELDS if f"{{{name}}}" not in template]
     if missing:
         raise ValueError(f"the template needs {', '.join(f'{{{name}}}' for name in missing)} in it")
-    filled = []
-    for record in records:
-        values = {name: record[name] for name in FIELDS}
-        values = {name: ", ".join(map(str, v)) if isinstance(v, list) else v for name, v in values.items()}
-        # In one pass, so that an answer with braces in it stays what it is.
-        filled.append(re.sub(r"\{(\w+)\}", lambda match, v=values: v.get(match[1], match[0]), template))
-    return filled
+    return [_filled(template, record) for record in records]
+
+
+def _filled(template: str, record: Mapping[str, Any]) -> str:
+    """In one pass, so that an answer with braces in it stays what it is."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in FIELDS:
+            return match[0]
+        found = record[match[1]]
+        return ", ".join(map(str, found)) if isinstance(found, list) else found
+
+    return re.sub(r"\{(\w+)\}", value, template)
 
 
 def parse_rating(reply: str) -> int | None:

@@ -161,6 +161,23 @@ def read_questions(path: str | Path, split: str | None = None) -> list[Question]
     return questions
 
 
+def picture_names(paths: Sequence[str | Path]) -> dict[int, str]:
+    """Image id -> file name, of the records of question files (`read_questions`).
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is missing or malformed, or two names that end in one number.
+    """
+    names: dict[int, str] = {}
+    for path in paths:
+        for record in read_jsonl(path):
+            name, number = str(record.get("image", "")), image_number(record.get("image", ""))
+            if number is not None and names.setdefault(number, name) != name:
+                raise ValueError(
+                    f"{path}: {names[number]} and {name} end in the same number, which is what tells images apart"
+                )
+    return names
+
+
 # Parsers: (answer, gold label) -> "yes", "no", or None where the answer is neither.
 
 

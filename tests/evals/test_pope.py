@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlm_attn.evals import pope
 from vlm_attn.evals.coco import CocoDataset
@@ -224,3 +225,34 @@ def test_never_yes_has_no_precision_but_no_error() -> None:
     assert summary["random"]["precision"]["value"] == 0.0
     assert summary["random"]["f1"]["value"] == 0.0
     assert summary["random"]["accuracy"]["value"] == 50.0
+
+
+def test_the_older_list_of_2910_is_named(tmp_path: Path) -> None:
+    lines = shared_file("pope/coco/coco_pope_random.json").read_text().splitlines()
+    no = [line for line in lines if json.loads(line)["label"] == "no"]
+    file = tmp_path / "coco_pope_random.json"
+    file.write_text("\n".join(line for line in lines if line not in no[:90]))
+    with pytest.warns(UserWarning, match="1500 of 2910 answers are yes; .*90 questions missing"):
+        assert len(pope.read_questions(file)) == 2910
+
+
+def test_pictures_of_a_question_file(tmp_path: Path) -> None:
+    """GQA's and A-OKVQA's lists bring answers, so that pictures alone are enough."""
+    file = tmp_path / "gqa_pope_popular.json"
+    names = ["2354786.jpg", "n161313.jpg", "2354786.jpg"]
+    file.write_text(
+        "\n".join(json.dumps({"image": name, "text": "Is there a cup in the imange?", "label": "no"}) for name in names)
+    )
+    assert pope.picture_names([file]) == {2354786: "2354786.jpg", 161313: "n161313.jpg"}
+    Image.new("RGB", (20, 10)).save(tmp_path / "n161313.jpg")
+    dataset = CocoDataset.of_pictures(tmp_path, pope.picture_names([file]))
+    assert dataset.image_ids == [2354786, 161313]
+    assert dataset.load_image(161313).size == (20, 10)
+    assert dataset.objects(161313) == []
+    with pytest.raises(FileNotFoundError, match=r"2354786\.jpg"):
+        dataset.load_image(2354786)
+    file.write_text(
+        file.read_text() + "\n" + json.dumps({"image": "161313.jpg", "text": "Is there a cup?", "label": "no"})
+    )
+    with pytest.raises(ValueError, match=r"n161313\.jpg and 161313\.jpg end in the same number"):
+        pope.picture_names([file])

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import vlm_attn
+from vlm_attn import cli
 from vlm_attn.evals import pope, runner
 from vlm_attn.evals.coco import CocoDataset
 from vlm_attn.evals.prompts import PLAIN_TEMPLATE, build_inputs, chat_prompt, generate
@@ -330,12 +332,35 @@ def test_prompts_with_and_without_a_chat_template(dataset: CocoDataset, tiny_mod
         build_inputs(model, processor, images, ["what"])
 
 
-def test_real_photos_run_through(tiny_model: tuple[Any, Any], tmp_path: Path) -> None:
-    photos = CocoDataset.from_folder(shared_file("coco_photos"))
-    for task in (chair_task(photos, limit=3, max_new_tokens=4), pope_task(photos, limit=1, max_new_tokens=4)):
-        results = run(task, tiny_model, tmp_path / task.name)
+def test_real_photos_run_through(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Processor, batches with padding, official questions, both results and the report, by the commands a user gives."""
+    photos = shared_file("coco_photos")
+
+    def call(*args: object) -> str:
+        done = CliRunner().invoke(cli.app, [str(arg) for arg in args], env={"COLUMNS": "120"})
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    params = [text for param in PARAMS for text in ("--param", param)]
+    shared = ["--data", photos, "--method", "baseline", "--method", "gift", *params, "--max-new-tokens", 4]
+    model = ["--model", tiny_model_folder, "--device", "cpu"]
+    call("eval", "chair", "pope", *model, *shared, "--limit", 3, "--out", tmp_path / "runs")
+    call("report", tmp_path / "runs", "--data", photos)
+    html = (tmp_path / "runs" / "report" / "report.html").read_text()
+    assert 3 <= html.count("data:image/jpeg") <= 6  # each evaluation draws its own images
+    for name in ("chair", "pope"):
+        results = json.loads((tmp_path / "runs" / name / "results.json").read_text())
         assert results["status"] == "complete"
+        assert results["counts"]["skipped"] == 0
         assert set(results["metrics"]) == {"baseline", "gift"}
+    questions = tmp_path / "gqa_pope_random.json"
+    name = next((photos / "images").iterdir()).name
+    questions.write_text(json.dumps({"image": name, "text": "Is there a cup in the image?", "label": "yes"}))
+    assert "random" in call("eval", "pope", *model, *shared[2:], "--data", photos / "images", "--pope-file", questions)
+    # The bundled model takes photos as it takes scenes.
+    assert "CHAIR_S" in call(
+        "eval", "chair", "--model", "scenes", "--data", photos, "--method", "baseline", "--limit", 2
+    )
 
 
 @pytest.mark.parametrize("name", ["pope", "chair"])

@@ -91,7 +91,9 @@ def evaluate(
     ] = None,
     pope_file: Annotated[
         list[Path] | None,
-        typer.Option(help="Official POPE questions (JSON lines) in place of built ones. Repeats."),
+        typer.Option(
+            help="Official POPE questions in place of built ones; --data may then be pictures alone. Repeats."
+        ),
     ] = None,
     parser: Annotated[str, typer.Option(help="Yes/no answers: official, opera, vcd or strict.")] = "official",
     variant: Annotated[
@@ -138,7 +140,12 @@ def evaluate(
     specs = evals_module("specs").parse_specs(runs, param or [], preset)
     if "amber" in names and (len(names) > 1 or data == "scenes"):
         raise ValueError("amber has pictures of its own: run it by itself, with --data AMBER_DIR")
-    dataset = evals_module("amber").Amber.from_folder(data) if "amber" in names else dataset_of(data, split)
+    if "amber" in names:
+        dataset = evals_module("amber").Amber.from_folder(data)
+    elif names == ["pope"] and pope_file and data != "scenes" and not (Path(data) / "annotations").is_dir():
+        dataset = evals_module("coco").CocoDataset.of_pictures(data, evals_module("pope").picture_names(pope_file))
+    else:
+        dataset = dataset_of(data, split)
     image_ids = evals_module("tasks").read_image_ids(ids) if ids is not None else None
     tasks = []
     for name in names:
