@@ -69,12 +69,22 @@ def test_kill_9_then_the_same_command(
     assert lasting(tmp_path) == plain
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"],
+    # With --cpu it starts several processes only through MPI; --multi_gpu starts them as torchrun does, GPUs or not.
+    "accelerate launch": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_give_the_same_files(
-    plain: tuple[Any, str], coco_folder: Path, tiny_model_folder: Path, tmp_path: Path
+    launcher: str, plain: tuple[Any, str], coco_folder: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    # accelerate launch starts several CPU processes only through MPI; torchrun starts them the same way without.
-    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    launch = LAUNCHERS[launcher]
     shared = command(coco_folder, tiny_model_folder, tmp_path)
     done = call(*launch, "-m", "vlm_attn.cli", *shared)
     assert done.returncode == 0, done.stderr
