@@ -5,7 +5,7 @@
 GIFT: the saliency layer is the one with the largest total gaze shift (arXiv 2510.22067); the third of the layers from there on
 is enhanced, as in the released settings of LLaVA-1.5-7B. VAR: sinks are massive in the dimensions in which a token exceeds
 ``tau`` times its RMS (arXiv 2503.03321), in most prompts. What the papers leave to the reader, strength and band,
-``--search`` chooses by CHAIR among a small grid.
+``--search`` chooses by CHAIR among a small grid. ``duo`` and ``razor`` have profiles of their own: `evals/heads.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from vlm_attn import presets
 from vlm_attn.call import Call
 from vlm_attn.evals import chair, pope, runner
 from vlm_attn.evals.coco import CocoDataset
+from vlm_attn.evals.heads import PROFILES, STEPS
 from vlm_attn.evals.prompts import build_inputs
 from vlm_attn.evals.report import signed
 from vlm_attn.evals.specs import MethodSpec, unknown
@@ -420,8 +421,8 @@ def check(methods: Sequence[str]) -> None:
         ValueError: names the method, and those there are.
     """
     for method in methods:
-        if method not in RULES:
-            raise unknown("method to calibrate", method, list(RULES))
+        if method not in RULES and method not in PROFILES:
+            raise unknown("method to calibrate", method, [*RULES, *PROFILES])
 
 
 def calibrate(
@@ -436,6 +437,7 @@ def calibrate(
     searched: int = 0,
     checked: int = 0,
     batch_size: int = 8,
+    steps: int = STEPS,
     console: Console | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure a model and choose constants.
@@ -444,13 +446,14 @@ def calibrate(
         model: an unpatched model.
         processor: its processor.
         dataset: images; with objects, for ``searched``.
-        methods: of :data:`RULES`.
+        methods: of :data:`RULES`, or of ``evals.heads.PROFILES``.
         model_name: what the preset calls it.
         prompt: the question of the profile.
         limit: images of the profile, at least 30 for constants to rely on.
         searched: images on which GIFT's grid is compared by CHAIR; 0 = the rule alone.
         checked: further images on which the choice is compared with the whole grid.
         batch_size: rows per forward.
+        steps: training steps of `duo`'s gates.
         console: where tables are printed; None: nowhere.
 
     Returns:
@@ -471,7 +474,10 @@ def calibrate(
     found |= {"data": dataset.name, "image_ids_sha256": image_ids_hash(dataset.image_ids[:limit])}
     constants, why = {}, {}
     for method in methods:
-        constants[method], why[method] = RULES[method](found)
+        if method in RULES:
+            constants[method], why[method] = RULES[method](found)
+        else:
+            constants[method], why[method] = PROFILES[method](model, processor, dataset, steps)
     if console is not None:
         console.print(profile_table(found))
     if searched and "gift" in methods:
@@ -508,9 +514,16 @@ def calibrate(
     preset = preset_of(model, model_name, constants, why, found)
     if console is not None:
         for method in methods:
-            values = ", ".join(f"{key}={value}" for key, value in constants[method].items())
+            values = ", ".join(f"{key}={short(value)}" for key, value in constants[method].items())
             console.print(f"[bold]{method}[/bold]: {values}\n  {why[method]}", highlight=False)
     return preset, found
+
+
+def short(value: Any) -> str:
+    """A constant as it is printed: of a table its size."""
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return f"[{len(value)} layers][{len(value[0])} heads]"
+    return str(value)
 
 
 def write(preset: dict[str, Any], found: dict[str, Any], path: Path) -> Path:

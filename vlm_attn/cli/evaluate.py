@@ -486,7 +486,10 @@ def _print_scores(results: dict[str, Any], json_file: Path | None, **remarks: st
 def calibrate(
     model: Annotated[str, typer.Argument(help="scenes, a folder, or a hub id.")],
     method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="Whose constants to measure: gift, var. [default: both]")
+        list[str] | None,
+        typer.Option(
+            "--method", "-m", help="Whose constants to measure: gift, var, duo, razor. [default: gift and var]"
+        ),
     ] = None,
     data: Annotated[str, typer.Option(help="scenes, or a COCO folder.")] = "scenes",
     split: Annotated[str | None, typer.Option(help="Part of the data.", show_default="validation, or val2014")] = None,
@@ -501,6 +504,7 @@ def calibrate(
         str, typer.Option(help="The question of the measurement.")
     ] = "Please describe this image in detail.",
     batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Training steps of duo's gates.", min=1)] = 200,
     out: Annotated[Path, typer.Option("--out", "-o", help="The preset to write; its plot comes beside it.")] = Path(
         "preset.json"
     ),
@@ -511,7 +515,8 @@ def calibrate(
     """Measure the constants that methods need of a model, and write them as a preset.
 
     gift: the layer in which the question's words move their attention most over the image, and a band of layers to
-    edit. var: the dimensions in which sink tokens are massive. What is written is used with --preset preset.json.
+    edit. var: the dimensions in which sink tokens are massive. duo: a gate for every KV head, trained on passkeys. razor: how
+    much every head looks at copies of a word. What is written is used with --preset preset.json.
 
     Example: [b]vlm-attn calibrate llava-hf/llava-1.5-7b-hf --data COCO_DIR --search 150 --check 200 -o llava.json[/b]
     """
@@ -533,6 +538,7 @@ def calibrate(
         searched=search,
         checked=check,
         batch_size=batch_size,
+        steps=steps,
         console=console_of(),
     )
     picture = module.write(preset, found, out)
