@@ -27,7 +27,7 @@ class Work(NamedTuple):
     Attributes:
         rows: rows that ran.
         keys: keys they attended to.
-        logits: rows whose logits were computed.
+        logits: rows whose logits were computed: those that the block's tokens are read from.
         gone: per layer, visual tokens that were not there; none where nothing is pruned.
         compared: rows whose values alone were recomputed, to see how far they moved.
     """
@@ -97,19 +97,26 @@ class Stream:
         begin, kind = self.start + block * size, self.settings.cache
         once = kind == "prefix" or (self.frozen and kind in ("block", "dual"))
         if once and self.embeds is None:
-            self.forward(tokens, 0, self.start)
+            self.forward(tokens, 0, self.start, block)
         first = self.start if once else 0
         if self.call is not None and self.cache is not None and dropping.thin(self.call, self.cache):
             self.engine.kept = self.call.reduction.report(self.call.prompt.images)
         if kind in ("block", "dual") and step:
-            self.forward(tokens, begin, begin + size if kind == "dual" else self.total)
+            self.forward(tokens, begin, begin + size if kind == "dual" else self.total, block)
         else:
-            self.forward(tokens, first, self.total)
+            self.forward(tokens, first, self.total, block)
         assert self.known is not None
         return self.known[:, :-1] if self.settings.logit_shift else self.known[:, 1:]
 
-    def forward(self, tokens: Tensor, first: int, stop: int) -> None:
-        """Run the columns ``first .. stop - 1``; ``first`` is 0 or behind the prompt."""
+    def read_from(self, block: int, first: int, stop: int) -> tuple[int, int]:
+        """Of the columns ``first .. stop - 1``, those that a block's tokens are read from, half open; at least the last."""
+        size = self.settings.block_length or self.settings.gen_length
+        begin = self.start + block * size
+        return max(first, min(begin - bool(self.settings.logit_shift), stop - 1)), min(begin + size, stop)
+
+    def forward(self, tokens: Tensor, first: int, stop: int, block: int) -> None:
+        """Run the columns ``first .. stop - 1``; ``first`` is 0 or behind the prompt. Logits are those a block needs."""
+        low, high = self.read_from(block, first, stop)
         if self.cache is not None:
             host.write_to(self.cache, first or None if first or self.embeds is None else 0)
         keys = stop if self.cache is None else max(stop, sum(host.key_window(self.cache, stop - first, 0)))
@@ -119,7 +126,7 @@ class Stream:
             "attention_mask": host.mask_like(visible, self.base, like),
             "position_ids": self.positions[:, first:stop],
             "use_cache": self.cache is not None,
-            "logits_to_keep": stop - max(first, self.start) + (first < self.start),
+            "logits_to_keep": torch.arange(low - first, high - first, device=tokens.device),
         }
         if self.cache is not None:
             arguments[host.CACHE] = self.cache
@@ -141,8 +148,7 @@ class Stream:
             handle.remove()
         if self.known is None:
             self.known = logits.new_zeros(len(logits), 1 + self.settings.gen_length, logits.shape[-1])
-        end = stop - self.start + 1
-        self.known[:, end - logits.shape[1] : end] = logits
+        self.known[:, low - self.start + 1 : high - self.start + 1] = logits
         state = self.call.reduction if self.call is not None else None
         gone = tuple(state.layers[i].dropped for i in range(len(self.layers))) if state is not None else ()
         self.work.append(Work(stop - first, keys, logits.shape[1], gone))
@@ -204,13 +210,13 @@ class DelayedStream(Stream):
         prompt, answer = done % s.prompt_every == 0, done % s.answer_every == 0
         if self.embeds is None:
             self.kept = [_Outputs() for _ in self.layers]
-            self._first(tokens)
+            self._first(tokens, block)
         elif prompt or answer or s.refresh:
-            self._partly(tokens, prompt, answer)
+            self._partly(tokens, prompt, answer, block)
         assert self.known is not None
         return self.known[:, :-1] if s.logit_shift else self.known[:, 1:]
 
-    def _first(self, tokens: Tensor) -> None:
+    def _first(self, tokens: Tensor, block: int) -> None:
         """A whole forward, which fills everything."""
         handles = []
         for layer, kept in zip(self.layers, self.kept, strict=True):
@@ -221,12 +227,12 @@ class DelayedStream(Stream):
                 layer.mlp.register_forward_hook(lambda m, a, out, k=kept: setattr(k, "mlp", out.clone())),
             ]
         try:
-            self.forward(tokens, 0, self.total)
+            self.forward(tokens, 0, self.total, block)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _partly(self, tokens: Tensor, prompt: bool, answer: bool) -> None:
+    def _partly(self, tokens: Tensor, prompt: bool, answer: bool, block: int) -> None:
         """Run the prompt's columns, all of the answer's or the share that moved, or both."""
         assert self.embeds is not None
         embeds = self.model.get_input_embeddings()(tokens)
@@ -261,10 +267,10 @@ class DelayedStream(Stream):
             if ran:
                 _put(kept.mlp, at, layer.mlp(layer.post_attention_layernorm(_take(hidden, rows))))
             hidden = hidden + kept.mlp[:, first:]
-        last = self.text_model.norm(hidden[:, self.start - first - (1 if prompt else 0) :])
+        low, high = self.read_from(block, first, self.total)
         assert self.known is not None
-        logits = self.model.get_output_embeddings()(last)
-        self.known[:, -logits.shape[1] :] = logits
+        logits = self.model.get_output_embeddings()(self.text_model.norm(hidden[:, low - first : high - first]))
+        self.known[:, low - self.start + 1 : high - self.start + 1] = logits
         compared = 0 if answer else self.total - self.start
         self.work.append(Work(ran, self.total, logits.shape[1], compared=compared))
 
