@@ -15,6 +15,7 @@ from vlm_attn.branch import Run
 from vlm_attn.diffusion import sampling
 from vlm_attn.diffusion.decoder import Settings, resolve
 from vlm_attn.patching import engine_of
+from vlm_attn.visual_token_ops import DivPrune
 
 MASK = 127
 PROMPTS = [["image", 4], [3, "image", 7]]
@@ -542,6 +543,17 @@ class TestPruning:
         out = diffusion.generate(model, inputs, steps=4, gen_length=8, cache=cache, attention="causal")
         assert len(calls) == 4 * out.forwards + 2
         assert max(max(w.gone) for w in out.work) > 0
+
+    @pytest.mark.parametrize("cache", ["none", "prefix"])
+    @pytest.mark.parametrize(("method", "times"), [("divprune", 1), ("late_step", 1), ("progressive", 3)])
+    def test_chooses_once_per_count(self, model, inputs, monkeypatch, method, times, cache):
+        """Not anew at every step: what is kept of an image before the language model does not hang on the answer."""
+        calls = []
+        choose = DivPrune.choose
+        monkeypatch.setattr(DivPrune, "choose", lambda self, picture: (calls.append(1), choose(self, picture))[1])
+        vlm_attn.patch(model, method, keep=3)
+        diffusion.generate(model, inputs, steps=4, gen_length=8, cache=cache, attention="causal")
+        assert len(calls) == 2 * times
 
     def test_only_while_denoising(self):
         model, make = tiny.llava()

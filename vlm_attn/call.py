@@ -79,6 +79,7 @@ class Call:
         whole: while it is: whether earlier prompt rows see the last one.
         open: while it is: ``[B, rows]`` which canvas rows of this forward are still masked; only these are edited.
         progress: while it is: share of the steps that is done.
+        chosen: what was chosen of each image before the language model, by method, image, count and tokens to choose from.
         pictures: what a method saw of each image that keeps fewer tokens at later steps.
         seen: what was read of each layer of the vision tower, a part for each of its runs.
         pixels: the pictures' pixel values, while methods check the prompt.
@@ -105,6 +106,7 @@ class Call:
     whole: bool = False
     open: Tensor | None = None
     progress: float = 0.0
+    chosen: dict[tuple[str, int, int, int], Tensor] = field(default_factory=dict)
     pictures: dict[int, tuple[Reducer, Picture]] = field(default_factory=dict)
     seen: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     pixels: Tensor | None = None

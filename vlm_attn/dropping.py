@@ -297,7 +297,7 @@ def _choose(
             call.pictures[number] = (method, picture)
             if picture.count == len(columns):
                 continue
-        chosen = method.choose(picture) if picture.count else columns[:0]
+        chosen = _chosen(call, method, picture)
         if len(chosen) == len(columns):
             continue
         merged = method.merge(picture, chosen)
@@ -330,6 +330,18 @@ def _summed_up(
     return seat[None], mean[None], torch.where(owners < 0, seat, owners)
 
 
+def _chosen(call: Call, method: Reducer, picture: Picture) -> Tensor:
+    """What a method chooses. Before the language model it sees the same whenever the prompt runs again, and chooses once."""
+    if not picture.count:
+        return picture.places[:0]
+    if method.stages[picture.stage]:
+        return method.choose(picture)
+    key = method.name, picture.number, picture.count, len(picture.places)
+    if key not in call.chosen:
+        call.chosen[key] = method.choose(picture)
+    return call.chosen[key]
+
+
 def thin(call: Call, cache: Any) -> bool:
     """Take more columns out of a prompt that has run, where a method keeps fewer at this denoising step.
 
@@ -349,7 +361,7 @@ def thin(call: Call, cache: Any) -> bool:
         count = min(method.left_at(0, picture.total, call.progress), len(picture.places))
         if count == len(picture.places):
             continue
-        picked = method.choose(replace(picture, count=count))
+        picked = _chosen(call, method, replace(picture, count=count))
         chosen = picture.places[picked]
         gone = torch.ones(picture.total, dtype=torch.bool, device=visible.device)
         gone[chosen] = False
