@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn import host
+from vlm_attn.families import cells
 from vlm_attn.kernels import Edit, ScoreEdit
 from vlm_attn.layout import ImageSpan
 from vlm_attn.reduction import MERGED, KeptImage, Picture, Reducer
@@ -88,13 +89,14 @@ class Reduction:
     masks: list[tuple[Any, Kept, Any]] = field(default_factory=list)
     carried: tuple[Tensor, Tensor | None, Tensor] | None = None
 
-    def report(self, images: Sequence[ImageSpan]) -> tuple[KeptImage, ...]:
+    def report(self, config: Any, images: Sequence[ImageSpan]) -> tuple[KeptImage, ...]:
         """What is left of every image."""
         kept = []
         for n, image in enumerate(images):
             total = image.stop - image.start
             owner = self.owners[n].cpu() if n in self.owners else torch.arange(total)
-            kept.append(KeptImage(n, image.row, image.grid, image.first, total, tuple(self.stages.get(n, ())), owner))
+            stages = tuple(self.stages.get(n, ()))
+            kept.append(KeptImage(n, image.row, image.grid, image.first, total, stages, owner, cells(config, image)))
         return tuple(kept)
 
     def hand_over(self, number: int, total: int, places: Tensor, owners: Tensor) -> None:

@@ -550,7 +550,7 @@ class Engine:
         call.cached_prompt = cache is not None and not pending.get("drop_cache")
         if pending["done"]:
             if call.reduction is not None and self.reduces:
-                self.kept = call.reduction.report(call.prompt.images)
+                self.kept = call.reduction.report(self.model_config, call.prompt.images)
                 if call.mode == "prompt":
                     dropping.restore(call, output)
             if "cut" not in pending:

@@ -124,6 +124,7 @@ class Family:
         cls: attention modules of a vision tower whose CLS token stands first.
         tiles: how many pictures the tower sees of an image of so many tokens and of that size.
         place: numbers ``[tiles, patches, d]`` of an image's patches as numbers ``[tokens, d]`` of its tokens.
+        tile_cells: ``[tokens, 2]`` row and column on the grid for tokens of tiles as well; None = only the grid's own have any.
         whole_patches: whether every token is one patch of the tower, so that patches can be merged inside it.
         counted_positions: its text model counts positions in the 2-D padding mask, so no other mask can stand in its place.
     """
@@ -136,6 +137,7 @@ class Family:
     cls: Callable[[Any], Sequence[Any]] | None = None
     tiles: Callable[[Any, int, Size | None], int] = _one
     place: Callable[[Any, Tensor, Size | None], Tensor] = _as_they_are
+    tile_cells: Callable[[Any, ImageSpan], Tensor] | None = None
     whole_patches: bool = False
     counted_positions: bool = False
 
@@ -190,6 +192,18 @@ def _anyres(config: Any, values: Tensor, size: Size | None) -> Tensor:
     return torch.cat([values[0], nn.functional.pad(picture, (0, 1)).flatten(1).T])
 
 
+def _anyres_cells(config: Any, image: ImageSpan) -> Tensor:
+    """LLaVA-NeXT: the overview's cell that a high-resolution token lies in; a newline has none."""
+    h, w = image.grid
+    ones = torch.ones(image.tiles, h * w, 1)
+    rest = _anyres(config, ones, image.size)[h * w :, 0].bool()  # rows of the picture, a newline behind each
+    width = int((~rest).nonzero()[0]) + 1
+    row, column = torch.arange(len(rest)) // width, torch.arange(len(rest)) % width
+    tiles = torch.stack([row * h // (len(rest) // width), column * w // max(1, width - 1)], 1)
+    overview = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+    return torch.cat([overview, tiles.masked_fill(~rest[:, None], -1)])
+
+
 # Model type -> facts. Adding a family is one row.
 FAMILIES: dict[str, Family] = {
     "llava": Family(
@@ -201,6 +215,7 @@ FAMILIES: dict[str, Family] = {
         cls=_clip_attention,
         tiles=_anyres_tiles,
         place=_anyres,
+        tile_cells=_anyres_cells,
         whole_patches=True,
     ),
     "qwen2_vl": Family(grid=_thw, frames=_thw_frames, reducible=True),
@@ -364,6 +379,16 @@ def merging_tower(model: Any, config: Any, method: str) -> tuple[Any, list[Any],
         )
     host.check_bias(tower.config, method)
     return tower, layers, first
+
+
+def cells(config: Any, image: ImageSpan) -> Tensor:
+    """``[tokens, 2]`` row and column of every token of an image on its grid; -1 for one that has no place there."""
+    (h, w), total = image.grid, image.stop - image.start
+    if (rule := family_of(config).tile_cells) is not None and len(found := rule(config, image)) == total:
+        return found
+    place = torch.arange(total) - image.first
+    found = torch.stack([place // w, place % w], 1)
+    return found.masked_fill(((place < 0) | (place >= h * w))[:, None], -1)
 
 
 def split_images(config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[str, Any]) -> tuple[ImageSpan, ...]:

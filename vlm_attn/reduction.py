@@ -250,6 +250,8 @@ class KeptImage:
         stages: ``(layer, index)``: before which layer, and which tokens were left then (ascending, on the CPU).
         owner: ``[total]`` for each of the image's tokens the one that is left and stands for it: itself, the one it was merged
             into, or -1 where it went without a trace (on the CPU).
+        all_cells: ``[total, 2]`` row and column on the grid of each of the image's tokens; tokens of LLaVA-NeXT's tiles have
+            those of the cell they lie in. -1 for one without a place there (a newline, a tile of InternVL).
     """
 
     image: int
@@ -259,6 +261,7 @@ class KeptImage:
     total: int
     stages: tuple[tuple[int, Tensor], ...]
     owner: Tensor
+    all_cells: Tensor
 
     @property
     def index(self) -> Tensor:
@@ -267,18 +270,15 @@ class KeptImage:
 
     @property
     def cells(self) -> Tensor:
-        """``[n, 2]`` row and column of every token that is left; -1 for one that is not on the grid."""
-        (h, w), place = self.grid, self.index - self.first
-        cells = torch.stack([place // w, place % w], 1)
-        return cells.masked_fill(((place < 0) | (place >= h * w))[:, None], -1)
+        """``[n, 2]`` row and column of every token that is left; -1 for one without a place on the grid."""
+        return self.all_cells[self.index]
 
     @property
     def mask(self) -> Tensor:
-        """``[h, w]`` bool: the cells that are left."""
-        mask = torch.zeros(self.grid, dtype=torch.bool)
-        cells = self.cells[self.cells[:, 0] >= 0]
-        mask[cells[:, 0], cells[:, 1]] = True
-        return mask
+        """``[h, w]`` bool: which of the grid's own tokens are left."""
+        h, w = self.grid
+        left = torch.zeros(self.total, dtype=torch.bool).index_fill(0, self.index, True)
+        return left[self.first : self.first + h * w].view(h, w)
 
     def covered(self, token: int) -> Tensor:
         """``[h, w]`` bool: the cells that one of the tokens that are left stands for.

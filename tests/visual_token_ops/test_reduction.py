@@ -20,8 +20,10 @@ from tests.engine.test_patching import state
 from tests.helpers import ACTIVE, Inputs, alone, close, differ, generate, logits, same, stock
 from vlm_attn import host
 from vlm_attn.engine import CACHE_NOTE
+from vlm_attn.families import cells
 from vlm_attn.hallucination import Gift, Var
 from vlm_attn.kernels import attention_rows
+from vlm_attn.layout import ImageSpan
 from vlm_attn.patching import engine_of
 from vlm_attn.reduction import Reducer
 from vlm_attn.visual_token_ops import (
@@ -661,8 +663,28 @@ class TestKept:
         with vlm_attn.patched(model, Random(keep=12)):
             generate(model, x)
             (image,) = vlm_attn.kept(model)
-        for place, cell in zip(image.index.tolist(), image.cells.tolist(), strict=True):
-            assert cell == ([place // 2, place % 2] if place < 4 else [-1, -1])
+        tiles = [[row // 2, column // 2] if column < 4 else [-1, -1] for row in range(4) for column in range(5)]
+        every = [[0, 0], [0, 1], [1, 0], [1, 1], *tiles]
+        assert image.all_cells.tolist() == every
+        assert image.cells.tolist() == [every[place] for place in image.index.tolist()]
+        assert image.mask.flatten().tolist() == [place in image.index for place in range(4)]
+
+    @pytest.mark.parametrize(("size", "shape"), [((9, 16), (2, 4)), ((16, 5), (4, 2)), (None, (0, 0))])
+    def test_cells_of_tiles_without_padding(self, size: Any, shape: tuple[int, int]) -> None:
+        """Rows and columns count within the picture, not within the padded tiles."""
+        model, _ = built("llava_next")
+        rows, columns = shape
+        tokens = 4 + max(1, rows * (columns + 1))
+        image = ImageSpan(0, 0, tokens, (2, 2), 0, 5 if size else 1, size)
+        found = cells(model.config, image)
+        assert len(found) == tokens
+        wanted = [
+            [r * 2 // rows, c * 2 // columns] if c < columns else [-1, -1]
+            for r in range(rows)
+            for c in range(columns + 1)
+        ]
+        assert found[4:].tolist() == (wanted or [[-1, -1]])
+        assert cells(model.config, replace(image, stop=tokens + 1))[4:].eq(-1).all()  # not what the rule expects
 
     def test_nothing_to_show(self) -> None:
         model, inputs = built("llava")

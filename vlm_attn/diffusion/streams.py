@@ -100,7 +100,8 @@ class Stream:
             self.forward(tokens, 0, self.start, block)
         first = self.start if once else 0
         if self.call is not None and self.cache is not None and dropping.thin(self.call, self.cache):
-            self.engine.kept = self.call.reduction.report(self.call.prompt.images)
+            images = self.call.prompt.images
+            self.engine.kept = self.call.reduction.report(self.engine.model_config, images)
         if kind in ("block", "dual") and step:
             self.forward(tokens, begin, begin + size if kind == "dual" else self.total, block)
         else:
