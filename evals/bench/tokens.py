@@ -1,4 +1,4 @@
-"""What keeping fewer visual tokens buys: every reducer against the plain model, paired in one run.
+"""What keeping fewer visual tokens, or fewer keys per head, buys: every method against the plain model, paired in one run.
 
 The model is a LLaVA with random weights (see ``overhead``): speed does not depend on the weights. Beside each time stands the
 ratio of floating-point operations, counted from the tokens that were really kept in every layer, so that a speed-up that
@@ -31,7 +31,7 @@ import vlm_attn
 from vlm_attn import dropping, host, registry, visual_token_ops
 from vlm_attn.evals.bench.flops import prefill_flops
 from vlm_attn.evals.bench.overhead import _Clock, _summary, build_model
-from vlm_attn.reduction import kept_count, scaled
+from vlm_attn.reduction import Reducer, kept_count, scaled
 from vlm_attn.tower import Merger, descent
 
 # A tower that is about as small beside its language model as CLIP-L is beside a 7B one.
@@ -51,10 +51,21 @@ REDUCERS = (
     "sparsevlm",
     "vscan",
 )
+#: Methods that keep fewer keys per head: measured when they are named.
+HEADS = ("duo", "razor", "longheads", "landmark", "routed", "recycled")
 
 
-def reducer(name: str, keep: float, layers: int) -> Any:
-    """A reducer as it is measured. FastV's K is 3 of 32 layers, at the same depth; the others scale by themselves."""
+def reducer(name: str, keep: float, layers: int, heads: int = 1) -> Any:
+    """A reducer as it is measured. FastV's K is 3 of 32 layers, at the same depth; the others scale by themselves.
+
+    ``duo`` and ``razor`` have no profile here: the last ``keep`` of the heads keep everything, layer by layer, which is where
+    the cache shrinks most. ``razor``'s window is that of its authors' second implementation, 256.
+    """
+    table = [[float(layer)] * heads for layer in range(layers)]
+    if name == "duo":
+        return visual_token_ops.Duo(gates=table, sparsity=1 - keep)  # type: ignore[arg-type]
+    if name == "razor":
+        return visual_token_ops.Razor(echo=table, induction=table, echo_share=keep, induction_share=0, local=256)  # type: ignore[arg-type]
     if name == "fastv":
         return visual_token_ops.FastV(layer=scaled((3,), layers)[0], keep=keep)
     return registry.build(name, keep=keep)
@@ -62,7 +73,7 @@ def reducer(name: str, keep: float, layers: int) -> Any:
 
 def patches_per_layer(config: Any, method: Any) -> list[int] | None:
     """On how many patches every layer of the tower runs, where a reducer merges there; None = all."""
-    if method is None or not method.merges:
+    if not getattr(method, "merges", False):
         return None
     vision = config.vision_config
     whole, depth = (vision.image_size // vision.patch_size) ** 2, vision.num_hidden_layers
@@ -104,7 +115,7 @@ def time_once(
     Args:
         model: the model, not patched.
         inputs: its inputs.
-        method: the reducer, None for the plain model.
+        method: the method, None for the plain model.
         tokens: number of tokens to generate.
         now: the clock to look at.
 
@@ -149,7 +160,7 @@ def time_once(
             streamer=clock,
             return_dict_in_generate=True,
         )
-        if method is not None:
+        if isinstance(method, Reducer):
             columns = columns_per_layer(model, columns[0], layers)
     finally:
         dropping._reduce, Merger.merge = originals  # type: ignore[method-assign]
@@ -211,7 +222,7 @@ def run(
     compared: dict[str, Any] = {"plain": None}
     for name in methods:
         for keep in keeps if name != "vtw" else [0.0]:
-            compared[f"{name} {keep:g}"] = reducer(name, keep, layers)
+            compared[f"{name} {keep:g}"] = reducer(name, keep, layers, model.config.text_config.num_attention_heads)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
     order = list(compared)
     shuffle = random.Random(seed)
@@ -292,7 +303,11 @@ def run(
 
 def tokens(
     method: Annotated[
-        list[str] | None, typer.Option(help="A reducer; repeats.", show_default="all, and vtw, which takes everything")
+        list[str] | None,
+        typer.Option(
+            help="A reducer, or a method that keeps fewer keys per head; repeats.",
+            show_default="all reducers, and vtw, which takes everything",
+        ),
     ] = None,
     keep: Annotated[list[float] | None, typer.Option(help="Share kept; repeats.", show_default="0.5 0.25 0.11")] = None,
     layers: Annotated[int, typer.Option(help="Decoder layers.", min=4)] = 12,
@@ -324,12 +339,12 @@ def tokens(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = (*REDUCERS, "vtw")
+    known = (*REDUCERS, "vtw", *HEADS)
     wrong = [name for name in method or [] if name not in known]
     if wrong:
-        raise typer.BadParameter(f"{wrong[0]!r} is no reducer: known are {', '.join(known)}")
+        raise typer.BadParameter(f"{wrong[0]!r} is no reducer and chooses no keys: known are {', '.join(known)}")
     result = run(
-        methods=method or list(known),
+        methods=method or [*REDUCERS, "vtw"],
         keeps=keep or [0.5, 0.25, 0.11],
         layers=layers,
         hidden=hidden,

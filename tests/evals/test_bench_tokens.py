@@ -112,3 +112,20 @@ def test_tokens_writes_paired_ratios(tmp_path):
     done = CliRunner().invoke(app, ["--method", "gift"])
     assert done.exit_code != 0
     assert "no reducer" in done.output
+
+
+def test_keys_that_no_head_keeps_leave_the_cache(tmp_path):
+    """A quarter of four layers keeps all of 606 + 2 columns; the others a sink, a window, and what waits to go."""
+    app = typer.Typer()
+    app.command()(tokens.tokens)
+    out = tmp_path / "tokens.json"
+    names = " ".join(f"--method {name}" for name in tokens.HEADS)
+    arguments = f"--layers 4 --hidden 64 --repeats 1 --tokens 3 --device cpu --keep 0.25 {names} --json"
+    done = CliRunner().invoke(app, [*arguments.split(), str(out)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())["ratios_to_plain"]
+    assert found["duo 0.25"]["cache"] == pytest.approx((608 + 3 * (64 + 255 + 2)) / (4 * 608), abs=2e-3)
+    assert found["razor 0.25"]["cache"] == pytest.approx((608 + 3 * (4 + 1 + 255 + 2)) / (4 * 608), abs=2e-3)
+    for name in tokens.HEADS[2:]:
+        assert found[f"{name} 0.25"]["cache"] == 1
+        assert found[f"{name} 0.25"]["flops"] == 1
