@@ -47,6 +47,7 @@ class Opera(Decoding):
     name: ClassVar[str] = "opera"
     paper: ClassVar[str] = "OPERA, arXiv 2311.17911"
     alone: ClassVar[bool] = True
+    beam_search: ClassVar[bool] = True
 
     beams: int = 5
     candidates: int = 5

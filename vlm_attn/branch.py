@@ -75,9 +75,11 @@ class Decoding(Method):
 
     Class attributes:
         alone: no method that edits attention may stand beside it.
+        beam_search: it is a search of its own, which no streamer can follow.
     """
 
     alone: ClassVar[bool] = False
+    beam_search: ClassVar[bool] = False
     token_by_token: ClassVar[bool] = True
     edited_rows: ClassVar[Literal["last", "text", "none"]] = "none"
 

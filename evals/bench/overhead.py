@@ -1,9 +1,10 @@
-"""What an edit costs: patched-neutral, gift and var against the plain model, paired in one run.
+"""What a method costs: patched-neutral and methods against the plain model, paired in one run.
 
 The model is a LLaVA with random weights (>= 0.1 B parameters, 576 visual tokens): speed does not depend on the
 weights. Times come from native ``generate()`` through a streamer: prefill is the time to the first token, decode the
 median time between tokens. Every repetition runs all variants in a shuffled order; a ratio is taken within its
-repetition and the median over repetitions is reported.
+repetition and the median over repetitions is reported. The whole of ``generate()`` is timed as well, without a streamer:
+it is the only figure of a beam search (``opera``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +29,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import vlm_attn
-from vlm_attn.hallucination import Gift, Var
+from vlm_attn import registry
+from vlm_attn.branch import Decoding
+from vlm_attn.hallucination import Gift, Icd, Var
 
 Variant = tuple[str, Any]
 
@@ -87,17 +91,21 @@ def build_model(
     return model
 
 
-def variants(layers: int, hidden: int) -> dict[str, list[Any] | None]:
-    """The things compared. Layers scale with the presets of LLaVA-1.5-7B: saliency at 11/32, enhancement of 12..22 of 32."""
+def variants(layers: int, hidden: int, names: Sequence[str] = ("gift", "var")) -> dict[str, list[Any] | None]:
+    """The things compared: methods with their defaults; gift's layers scale with the presets of LLaVA-1.5-7B: saliency at
+    11/32, enhancement of 12..22 of 32.
+
+    Raises:
+        ValueError: unknown method, or one that needs words: the model has no tokenizer.
+    """
+    if "mvp" in names:
+        raise ValueError("mvp asks for three captions in words first, and this model has no tokenizer: leave it out")
     band = tuple(range(layers * 12 // 32, layers * 23 // 32))
     gift: dict[str, Any] = {"saliency_layers": (layers * 11 // 32,), "enhance_layers": band, "query_words": "all"}
     var: dict[str, Any] = {"sink_dims": (0, hidden // 2), "tau": 2.5, "rho": 0.5, "visual_floor": 0.2}
-    return {
-        "plain": None,
-        "neutral": [Gift(**gift, alpha=0.0), Var(**var, p=0.0)],
-        "gift": [Gift(**gift)],
-        "var": [Var(**var)],
-    }
+    ready = {"gift": Gift(**gift), "var": Var(**var), "icd": Icd(prefix=tuple(range(100, 108)))}
+    compared: dict[str, list[Any] | None] = {"plain": None, "neutral": [Gift(**gift, alpha=0.0), Var(**var, p=0.0)]}
+    return compared | {name: [ready.get(name) or registry.build(name)] for name in names}
 
 
 class _Clock:
@@ -128,8 +136,32 @@ def time_once(model: Any, inputs: dict[str, Any], methods: list[Any] | None, tok
     return steps[0], statistics.median(steps[1:])
 
 
+def time_whole(model: Any, inputs: dict[str, Any], methods: list[Any] | None, tokens: int) -> float:
+    """Seconds of a whole ``generate``."""
+    clock = _Clock(torch.cuda.synchronize if inputs["input_ids"].is_cuda else lambda: None)
+    with vlm_attn.patched(model, methods) if methods else nullcontext():
+        clock.put(inputs["input_ids"])
+        model.generate(**inputs, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+        clock.put(inputs["input_ids"])
+    return clock.times[1] - clock.times[0]
+
+
+def streams(methods: list[Any] | None) -> bool:
+    """Whether a streamer can follow: a beam search writes several answers at once."""
+    return not any(isinstance(method, Decoding) and method.beam_search for method in methods or ())
+
+
 def run(
-    *, layers: int, hidden: int, text_tokens: int, tokens: int, repeats: int, device: str, dtype: str, seed: int
+    *,
+    methods: Sequence[str],
+    layers: int,
+    hidden: int,
+    text_tokens: int,
+    tokens: int,
+    repeats: int,
+    device: str,
+    dtype: str,
+    seed: int,
 ) -> dict[str, Any]:
     """Measure; see :func:`overhead` for the parameters.
 
@@ -146,7 +178,8 @@ def run(
         "pixel_values": torch.randn(1, 3, 336, 336, generator=generator).to(device=device, dtype=getattr(torch, dtype)),
     }
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    compared = variants(layers, hidden)
+    compared = variants(layers, hidden, methods)
+    whole: dict[str, list[float]] = {name: [] for name in compared}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in compared}
     order = list(compared)
     shuffle = random.Random(seed)
@@ -155,18 +188,23 @@ def run(
         for repeat in range(-1, repeats):  # the first round warms up
             shuffle.shuffle(order)
             for name in order:
-                measured = time_once(model, inputs, compared[name], tokens)
+                measured = time_once(model, inputs, compared[name], tokens) if streams(compared[name]) else None
+                took = time_whole(model, inputs, compared[name], tokens)
                 if repeat >= 0:
-                    times[name].append(measured)
+                    whole[name].append(took)
+                    times[name] += [measured] if measured is not None else []
                 progress.advance(task)
     ratios = {}
     for name in compared:
         if name == "plain":
             continue
+        ratios[name] = {"whole": _summary([a / b for a, b in zip(whole[name], whole["plain"], strict=True)])}
+        if not times[name]:
+            continue
         prefill = [a[0] / b[0] for a, b in zip(times[name], times["plain"], strict=True)]
         decode = [a[1] / b[1] for a, b in zip(times[name], times["plain"], strict=True)]
         extra = [(a[0] - b[0]) / b[1] for a, b in zip(times[name], times["plain"], strict=True)]
-        ratios[name] = {
+        ratios[name] |= {
             "prefill": _summary(prefill),
             "decode": _summary(decode),
             "prefill_extra_in_tokens": _summary(extra),
@@ -206,6 +244,9 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def overhead(
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method (repeat); default: gift and var.", show_default=False)
+    ] = None,
     layers: Annotated[int, typer.Option(help="Decoder layers.", min=4)] = 12,
     hidden: Annotated[int, typer.Option(help="Hidden size, a multiple of 64.", min=64)] = 1536,
     text_tokens: Annotated[int, typer.Option(help="Text tokens around the image.", min=8)] = 30,
@@ -218,15 +259,21 @@ def overhead(
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")
     ] = None,
 ) -> None:
-    """What an edit costs, against the plain model, paired in one run: prefill and decode apart.
+    """What a method costs, against the plain model, paired in one run: prefill, decode and the whole of generate().
 
     An edit costs a fixed handful of small operations per layer, so its share falls with the size of the model.
 
-    Example: vlm-attn bench overhead --hidden 768 --repeats 15 --json overhead.json
+    Example: vlm-attn bench overhead --hidden 768 --method vcd --method guidance --method dola --json overhead.json
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = method or ["gift", "var"]
+    try:
+        variants(layers, hidden, names)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
     result = run(
+        methods=names,
         layers=layers,
         hidden=hidden,
         text_tokens=text_tokens,
@@ -238,13 +285,14 @@ def overhead(
     )
     config = result["config"]
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "prefill", "decode, per token", "prefill extra, in tokens"):
+    for column in ("", "prefill", "decode, per token", "prefill extra, in tokens", "generate()"):
         table.add_column(column, justify="left" if not column else "right")
     for name, ratio in result["ratios_to_plain"].items():
-        cells = [
-            f"{ratio[k]['median']:.3f}x [{ratio[k]['p20']:.3f}, {ratio[k]['p80']:.3f}]" for k in ("prefill", "decode")
-        ]
-        table.add_row(name, *cells, f"{ratio['prefill_extra_in_tokens']['median']:.2f}")
+        cells = {k: f"{cut['median']:.3f}x [{cut['p20']:.3f}, {cut['p80']:.3f}]" for k, cut in ratio.items()}
+        if "prefill_extra_in_tokens" in ratio:
+            cells["prefill_extra_in_tokens"] = f"{ratio['prefill_extra_in_tokens']['median']:.2f}"
+        columns = ("prefill", "decode", "prefill_extra_in_tokens", "whole")
+        table.add_row(name, *(cells.get(column, "") for column in columns))
     console = Console()
     console.print(
         f"random-weight LLaVA, {config['parameters'] / 1e6:.0f} M parameters, 576 visual + {text_tokens} text tokens, "

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import vlm_attn
 from tests import tiny
@@ -141,6 +142,38 @@ class TestSecondStream:
             generate(model, x, new=2)
         assert len(runs) == 4 * alone
         assert "get_image_features" not in vars(owner)
+
+    @pytest.mark.parametrize(
+        ("method", "settings", "encodings", "most"),
+        [
+            ("guidance", {}, 1, 2.05),
+            ("icd", {"prefix": (7, 8)}, 1, 2.05),
+            ("vcd", {}, 2, 2.05),
+            ("agla", {"layers": (1,)}, 2, 2.05),
+            ("dola", {}, 1, 1.25),
+            ("vhr", {}, 2, 3.0),  # the prompt twice more, before it runs
+            ("gift", ACTIVE["gift"], 1, 1.2),  # reads 41 of 90 rows in a model that does little else
+        ],
+    )
+    def test_what_methods_cost(self, method: str, settings: Any, encodings: int, most: float) -> None:
+        """Runs of the vision tower, and operations of matrix products beside the plain model's."""
+        model, inputs = tiny.llava()
+        x = inputs([[40, "image", 40]])
+        runs: list[int] = []
+        model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+
+        def operations() -> int:
+            runs.clear()
+            with FlopCounterMode(display=False) as counted:
+                generate(model, x, new=16)
+            return counted.get_total_flops()
+
+        plain = operations()
+        assert len(runs) == 1
+        with vlm_attn.patched(model, method, **settings):
+            ratio = operations() / plain
+        assert len(runs) == encodings
+        assert 1 < ratio <= most, ratio
 
     def test_positions_of_the_streams_do_not_mix(self) -> None:
         """Qwen-VL keeps the offset of its positions on the model: without the image it is another."""

@@ -44,6 +44,39 @@ def test_overhead_writes_paired_ratios(tmp_path):
     assert {"torch", "transformers", "vlm_attn"} <= set(result["versions"])
 
 
+def test_overhead_of_decoding_methods(tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(overhead.overhead)
+    out = tmp_path / "overhead.json"
+    small = [
+        "--layers",
+        "4",
+        "--hidden",
+        "64",
+        "--repeats",
+        "1",
+        "--tokens",
+        "3",
+        "--device",
+        "cpu",
+        "--json",
+        str(out),
+    ]
+    names = ["vcd", "icd", "guidance", "agla", "dola", "opera", "pai"]
+    done = CliRunner().invoke(app, [*small, *(part for name in names for part in ("--method", name))])
+    assert done.exit_code == 0, done.output
+    ratios = json.loads(out.read_text())["ratios_to_plain"]
+    assert list(ratios) == ["neutral", *names]
+    assert set(ratios["opera"]) == {"whole"}
+    assert all(set(ratios[n]) >= {"prefill", "decode", "whole"} for n in names if n != "opera")
+    for wrong, says in (("mvp", "no tokenizer"), ("vdc", "did you mean 'vcd'")):
+        done = CliRunner().invoke(app, [*small, "--method", wrong])
+        assert done.exit_code == 2
+        assert says in " ".join(done.output.replace("│", " ").split())
+
+
 def test_the_benchmarked_edits_do_something():
     """Sinks must exist and the boost must reach the logits, or the figures would be those of a no-op."""
     import torch
