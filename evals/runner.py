@@ -293,6 +293,7 @@ def _run(
                 "samples": size,
                 "finished": {k: len(v) for k, v in finished.items()},
                 "skipped": len(skipped),
+                "empty": sum(not r["answer"].strip() for rows in answered.values() for r in rows),
             },
             "metrics": {label: task.summarise(rows) for label, rows in answered.items() if rows},
             "environment": {

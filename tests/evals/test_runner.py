@@ -61,6 +61,7 @@ def test_pope_results(dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_pat
         "samples": len(task.samples),
         "finished": {"baseline": len(task.samples), "gift": len(task.samples)},
         "skipped": 0,
+        "empty": 0,
     }
     for label in ("baseline", "gift"):
         assert sum(count for name, count in seen if name == label) == len(task.samples)
@@ -226,7 +227,7 @@ def test_pictures_that_cannot_be_read_are_skipped_and_counted(
     file = folder / "images" / f"{truncated:012d}.png"
     file.write_bytes(file.read_bytes()[:-900])
     results = run(task, tiny_model, tmp_path / "out")
-    assert results["counts"] == {"samples": 7, "finished": {"baseline": 7, "gift": 7}, "skipped": 2}
+    assert results["counts"] == {"samples": 7, "finished": {"baseline": 7, "gift": 7}, "skipped": 2, "empty": 0}
     assert list(results["skipped_images"]) == [missing, truncated]
     assert "not in" in results["skipped_images"][missing]
     assert "cannot be read" in results["skipped_images"][truncated]
@@ -266,6 +267,17 @@ def test_full_disk_loses_nothing_finished(dataset: CocoDataset, tiny_model: tupl
     assert len(samples.read_text().splitlines()) == 4
     run(task, tiny_model, folder)
     assert lasting(folder) == lasting(tmp_path / "plain")
+
+
+def test_empty_answers_are_counted(
+    dataset: CocoDataset, tiny_model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        runner, "generate", lambda model, processor, images, *_: (["a dog", *[""] * (len(images) - 1)], 1)
+    )
+    results = run(chair_task(dataset, limit=4), tiny_model)
+    assert results["counts"]["empty"] == 6
+    assert results["metrics"]["gift"]["instances+captions"]["length"]["value"] == 0.5  # they count, and name nothing
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

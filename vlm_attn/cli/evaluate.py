@@ -238,6 +238,8 @@ def _print_results(console: Any, results: dict[str, Any], folder: Path | None) -
     skipped = results["config"].get("questions_skipped", 0)
     if results["metrics"]:
         console.print(evals_module("report").results_table(results))
+    if results["counts"]["empty"]:
+        console.print(f"{results['counts']['empty']} answers are empty; they count.")
     if "skipped_images" in results:
         image, reason = next(iter(results["skipped_images"].items()))
         console.print(
