@@ -646,7 +646,7 @@ class TestWrongInput:
         with pytest.raises(ValueError, match="unconditional has 1 rows, inputs 2"):
             diffusion.generate(model, inputs, cfg_scale=1.0, unconditional=one)
 
-    @pytest.mark.parametrize("method", ["vcd", "opera", "ilvad"])
+    @pytest.mark.parametrize("method", ["vcd", "opera", "ilvad", "landmark"])
     def test_methods_that_go_token_by_token(self, model, inputs, method):
         vlm_attn.patch(model, method)
         with pytest.raises(ValueError, match=f"{method} acts on one token after the other"):

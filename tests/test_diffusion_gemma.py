@@ -15,7 +15,7 @@ import vlm_attn
 from tests import rows
 from tests.canvas import denoise, logits, step
 from tests.families import MAPPING
-from tests.helpers import ACTIVE, NEUTRAL, Weigh, alone, close, differ
+from tests.helpers import ACTIVE, CHOOSERS, NEUTRAL, Weigh, alone, close, differ
 from tests.tiny import IMAGE
 from vlm_attn import diffusion
 from vlm_attn.host import CACHE
@@ -96,7 +96,7 @@ def test_static_cache(host: Any, model: Any, method: str) -> None:
     close(got[1], wanted[1], 3e-4)
 
 
-@pytest.mark.parametrize("method", sorted(set(ACTIVE) - {"paint"}))  # paint needs a tower with a CLS token
+@pytest.mark.parametrize("method", sorted(set(ACTIVE) - {"paint", *CHOOSERS}))  # paint needs a CLS token
 def test_methods(host: Any, model: Any, method: str) -> None:
     inputs = host[1](PROMPTS)
     config, plain, written = model.config, logits(model, inputs), denoise(model, inputs)
@@ -148,7 +148,7 @@ def test_saliency_reads_the_prompt_alone(host: Any, model: Any) -> None:
     assert not calls
 
 
-@pytest.mark.parametrize("method", ["vcd", "dola", "opera", "ilvad"])
+@pytest.mark.parametrize("method", ["vcd", "dola", "opera", "ilvad", "landmark"])
 def test_contrasts_of_next_tokens_are_refused(model: Any, method: str) -> None:
     with pytest.raises(NotImplementedError, match=f"{method} acts on one token after the other"):
         vlm_attn.patch(model, method)

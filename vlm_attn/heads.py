@@ -96,6 +96,7 @@ class HeadMethod(Method):
 
     edited_rows: ClassVar[Literal["last", "text"]] = "last"
     needs_image: ClassVar[bool] = False
+    token_by_token: ClassVar[bool] = True  # it chooses among earlier columns, and a canvas sees later ones too
     whole_prompt: ClassVar[bool] = False
     adds_keys: ClassVar[bool] = False
 
@@ -111,14 +112,6 @@ class HeadMethod(Method):
                 "choose keys for"
             )
         return self
-
-    def start(self, call: Call, processor: Any) -> None:
-        """Refuse denoising, whose rows see later ones."""
-        if call.canvas:
-            raise NotImplementedError(
-                f"{self.name} chooses among earlier columns, a masked-diffusion model sees later ones too: use a method that "
-                "keeps fewer visual tokens, such as divprune"
-            )
 
     def edit(self, call: Call, layer: int) -> None:
         """No attention weight is edited."""
