@@ -4,7 +4,9 @@
 
 GIFT: the saliency layer is the one with the largest total gaze shift (arXiv 2510.22067); the third of the layers from there on
 is enhanced, as in the released settings of LLaVA-1.5-7B. VAR: sinks are massive in the dimensions in which a token exceeds
-``tau`` times its RMS (arXiv 2503.03321), in most prompts. What the papers leave to the reader, strength and band,
+``tau`` times its RMS (arXiv 2503.03321), in most prompts. VHR: the layers whose heads' outputs change most when the picture is
+taken away, as many as the paper reinforces. PAI, PAINT: the layers from where the first token has become the sink on. These two
+rules are ours: the papers give the layers of LLaVA-1.5-7B. What the papers leave to the reader, strength and band,
 ``--search`` chooses by CHAIR among a small grid. ``duo`` and ``razor`` have profiles of their own: `evals/heads.py`.
 """
 
@@ -28,6 +30,7 @@ from rich.table import Table
 
 import vlm_attn
 from vlm_attn import presets
+from vlm_attn.branch import Run
 from vlm_attn.call import Call
 from vlm_attn.evals import chair, pope, runner
 from vlm_attn.evals.coco import CocoDataset
@@ -38,13 +41,15 @@ from vlm_attn.evals.specs import MethodSpec, unknown
 from vlm_attn.evals.stats import Pair, difference, ratio
 from vlm_attn.evals.tasks import Task, chair_task, image_ids_hash, pope_task
 from vlm_attn.hallucination.gift import Gift, gaze_shift
+from vlm_attn.hallucination.vhr import Vhr, forward_twice, head_divergence
 from vlm_attn.kernels import Edit, Group
 
+VHR_SHARE = 15 / 32  # of the layers: "the second and the last 14", arXiv 2412.13949
 TAU = 20.0  # times the RMS: a massive dimension
 SEEN = 0.2  # visual mass from which a head is image-centric, arXiv 2503.03321
 ALPHAS = (1.0, 3.0, 5.0)  # strengths of the grid
 LOST_RECALL = 0.01  # a setting that loses more than this against the plain model buys its score with silence
-MEASURED = ("layers", "sinks", "peaks", "heads", "image_centric", "grid", "check")
+MEASURED = ("layers", "sinks", "peaks", "heads", "image_centric", "divergence", "grid", "check")
 FACTS = (
     "model_type",
     "text_config.num_hidden_layers",
@@ -162,6 +167,41 @@ def measure(
     }
 
 
+def divergences(
+    model: Any, processor: Any, dataset: CocoDataset, *, prompt: str, limit: int, batch_size: int = 10
+) -> list[list[float]]:
+    """How much what every head says at the end of a prompt hangs on the picture (VHR, arXiv 2412.13949).
+
+    Args:
+        model: an unpatched model.
+        processor: its processor.
+        dataset: the images.
+        prompt: the question.
+        limit: number of images.
+        batch_size: images per forward, of twice as many rows.
+
+    Returns:
+        ``[layers][heads]``: the mean over images of ``|o - o'| / |o'|``, ``o'`` being the head's output without the picture.
+    """
+    total: dict[int, torch.Tensor] = {}
+
+    def tap(layer: int, out: torch.Tensor, attend: Any) -> torch.Tensor:
+        apart, size = head_divergence(*out[:, -1].float().chunk(2))
+        found = (apart / size.sqrt().clamp_min(1e-12)).sum(0).cpu()
+        total[layer] = total.get(layer, torch.zeros_like(found)) + found
+        return out
+
+    ids = dataset.image_ids[:limit]
+    with vlm_attn.patched(model, Vhr(), processor=processor):
+        engine = vlm_attn.patching.engine_of(model)
+        for start in track(range(0, len(ids), batch_size), "heads", console=Console(stderr=True), transient=True):
+            images = [dataset.load_image(i) for i in ids[start : start + batch_size]]
+            inputs = build_inputs(model, processor, images, [prompt] * len(images))
+            with engine.running(inputs) as call:
+                forward_twice(Run(engine, model, call, inputs), call.prompt.visual, tap)
+    return [(total[layer] / max(1, len(ids))).tolist() for layer in sorted(total)]
+
+
 # From what was measured to a method's constants: parameters and why.
 
 
@@ -191,7 +231,32 @@ def _var(found: dict[str, Any]) -> tuple[dict[str, Any], str]:
     )
 
 
-RULES: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], str]]] = {"gift": _gift, "var": _var}
+def _vhr(found: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    mean = [sum(heads) / len(heads) for heads in found["divergence"]]
+    count = max(1, round(VHR_SHARE * len(mean)))
+    layers = sorted(sorted(range(len(mean)), key=lambda layer: -mean[layer])[:count])
+    return {"layers": layers}, (
+        f"the {count} of {len(mean)} layers (the paper's share) whose heads' outputs change most when the picture is taken "
+        f"away, relative to their size ({min(mean[layer] for layer in layers):.3g} and more)"
+    )
+
+
+def _settled(found: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    share = [layer["FIRST"] for layer in found["layers"]]
+    rises = [after - before for before, after in zip(share, share[1:], strict=False)]
+    start = 1 + max(range(len(rises)), key=rises.__getitem__) if rises else 0
+    return {"layers": list(range(start, len(share)))}, (
+        f"from the layer on where the first token's share of attention rises most (to {share[start]:.3g})"
+    )
+
+
+RULES: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], str]]] = {
+    "gift": _gift,
+    "var": _var,
+    "vhr": _vhr,
+    "pai": _settled,
+    "paint": _settled,
+}
 
 
 def _bands(saliency: int, layers: int) -> list[list[int]]:
@@ -471,6 +536,8 @@ def calibrate(
             "lower --limit, --search or --check"
         )
     found = measure(model, processor, dataset, prompt=prompt, limit=limit, batch_size=batch_size)
+    if "vhr" in methods:
+        found["divergence"] = divergences(model, processor, dataset, prompt=prompt, limit=limit, batch_size=batch_size)
     found |= {"data": dataset.name, "image_ids_sha256": image_ids_hash(dataset.image_ids[:limit])}
     constants, why = {}, {}
     for method in methods:

@@ -10,7 +10,7 @@ import torch
 import vlm_attn
 from tests import tiny
 from vlm_attn.evals import stats
-from vlm_attn.evals.calibrate import RULES, _bands, _Profile, calibrate, choose, compare, measure
+from vlm_attn.evals.calibrate import RULES, _bands, _Profile, calibrate, choose, compare, divergences, measure
 from vlm_attn.patching import engine_of
 
 
@@ -88,6 +88,42 @@ def test_var_without_sinks_says_so() -> None:
     assert RULES["var"](found)[0] == {"sink_dims": [7, 9]}
 
 
+def test_vhr_takes_the_layers_that_hang_on_the_picture() -> None:
+    """The paper's share, 15 of 32, by the mean over heads."""
+    heads = [[1.0, 1.0]] * 32
+    for layer in (1, *range(18, 32)):
+        heads[layer] = [0.5, 2.0]
+    params, why = RULES["vhr"]({"divergence": heads})
+    assert params == {"layers": [1, *range(18, 32)]}
+    assert "1.25" in why
+
+
+def test_pai_begins_where_the_first_token_is_the_sink() -> None:
+    shares = [0.1, 0.2, 0.6, 0.7, 0.5]
+    params, why = RULES["pai"]({"layers": [{"FIRST": share} for share in shares]})
+    assert params == {"layers": [2, 3, 4]}
+    assert "0.6" in why
+    assert RULES["paint"] is RULES["pai"]
+    assert RULES["pai"]({"layers": [{"FIRST": 0.5}]})[0] == {"layers": [0]}
+
+
+def test_divergences_are_those_of_vhr(bundled: tuple) -> None:
+    """Against the rows of T-VHD, which go by the same pass, one image at a time; other batches give the same."""
+    from vlm_attn.evals.prompts import build_inputs
+    from vlm_attn.hallucination import token_divergence
+
+    model, processor, dataset = bundled
+    options = {"prompt": OPTIONS["prompt"], "limit": 3}
+    found = divergences(model, processor, dataset, batch_size=3, **options)
+    assert np.array(found).shape == (6, model.config.text_config.num_attention_heads)
+    assert np.allclose(found, divergences(model, processor, dataset, batch_size=1, **options), rtol=1e-4)
+    assert not vlm_attn.is_patched(model)
+    inputs = build_inputs(model, processor, [dataset.load_image(dataset.image_ids[0])], [OPTIONS["prompt"]])
+    one = divergences(model, processor, dataset, prompt=OPTIONS["prompt"], limit=1)
+    apart = token_divergence(model, inputs, [5])[0]  # the row that the first token is read from
+    assert ((torch.tensor(one) > 0) == (apart > 0)).all()
+
+
 def test_choice_does_not_buy_its_score_with_silence() -> None:
     def row(chair_i: float, recall: float) -> dict:
         return {"chair_i": {"value": chair_i}, "recall": {"value": recall}}
@@ -147,7 +183,9 @@ def test_preset_is_used(bundled: tuple, tmp_path: Path) -> None:
     from vlm_attn.evals.calibrate import write
 
     model, processor, dataset = bundled
-    preset, found = calibrate(model, processor, dataset, ["gift", "var"], limit=4, searched=2, checked=2, **OPTIONS)
+    preset, found = calibrate(
+        model, processor, dataset, ["gift", "var", "vhr", "pai"], limit=4, searched=2, checked=2, **OPTIONS
+    )
     file = tmp_path / "mine.json"
     picture = write(preset, found, file)
     assert picture.stat().st_size > 5000
@@ -161,6 +199,9 @@ def test_preset_is_used(bundled: tuple, tmp_path: Path) -> None:
         method = vlm_attn.patching.engine_of(model).methods[0]
         assert list(method.enhance_layers) == written["methods"]["gift"]["enhance_layers"]
         assert method.alpha == written["methods"]["gift"]["alpha"]
+    with vlm_attn.patched(model, ["vhr", "pai"], preset=str(file)):
+        for method in vlm_attn.patching.engine_of(model).methods:
+            assert list(method.layers) == written["methods"][method.name]["layers"]
     with pytest.raises(ValueError, match="does not fit this model"):
         vlm_attn.patch(tiny.llava()[0], "gift", preset=str(file))
 

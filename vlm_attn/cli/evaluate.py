@@ -490,7 +490,9 @@ def calibrate(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            "--method", "-m", help="Whose constants to measure: gift, var, duo, razor. [default: gift and var]"
+            "--method",
+            "-m",
+            help="Whose constants to measure: gift, var, vhr, pai, paint, duo, razor. [default: gift and var]",
         ),
     ] = None,
     data: Annotated[str, typer.Option(help="scenes, or a COCO folder.")] = "scenes",
@@ -517,13 +519,14 @@ def calibrate(
     """Measure the constants that methods need of a model, and write them as a preset.
 
     gift: the layer in which the question's words move their attention most over the image, and a band of layers to
-    edit. var: the dimensions in which sink tokens are massive. duo: a gate for every KV head, trained on passkeys. razor: how
-    much every head looks at copies of a word. What is written is used with --preset preset.json.
+    edit. var: the dimensions in which sink tokens are massive. vhr: the layers whose heads hang most on the picture.
+    pai, paint: the layers from where the first token has become the sink on. duo: a gate for every KV head, trained on
+    passkeys. razor: how much every head looks at copies of a word. What is written is used with --preset preset.json.
 
     Example: [b]vlm-attn calibrate llava-hf/llava-1.5-7b-hf --data COCO_DIR --search 150 --check 200 -o llava.json[/b]
     """
     module = evals_module("calibrate")
-    names = list(dict.fromkeys(method or module.RULES))
+    names = list(dict.fromkeys(method or ("gift", "var")))
     module.check(names)
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
