@@ -148,7 +148,12 @@ def effect_tables(effects: Mapping[str, Any]) -> Iterator[tuple[str, list[str], 
     columns["settings tried"] = [
         "-" if entry["searched"] is None else str(entry["searched"]) for entry in methods.values()
     ]
-    columns = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
+    others = [label != effects["baseline"] for label in methods]
+    columns = {
+        title: cells
+        for title, cells in columns.items()
+        if any(cell != "-" and other for cell, other in zip(cells, others, strict=True))
+    }
     if columns:
         yield "Cost", ["", *columns], [[[cell] for cell in row] for row in zip(methods, *columns.values(), strict=True)]
 
@@ -183,11 +188,7 @@ def _effect_cell(figure: Mapping[str, Any] | None) -> list[str]:
 
 
 def _times(speed: Mapping[str, float] | None) -> str:
-    if not speed:
-        return "-"
-    if "latency" in speed:
-        return f"{speed['latency']:.2f}x"
-    return f"{1000 / speed['tokens_per_second']:.1f} ms" if speed["tokens_per_second"] else "-"
+    return f"{speed['latency']:.2f}x" if speed and "latency" in speed else "-"
 
 
 def effects_group(effects: Mapping[str, Any]) -> Group:

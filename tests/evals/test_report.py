@@ -83,6 +83,17 @@ def test_unfinished_methods_are_compared_over_what_they_have(tmp_path: Path) -> 
     assert "24 of 40" in report.effects_markdown(found)
 
 
+def test_times_of_separate_runs_are_not_compared(run: Path) -> None:
+    write_run(run.parent / "alone", {"vhr": BETTER})
+    found = effects.effects(effects.read_runs(run.parent))
+    assert "latency" not in found["methods"]["vhr"]["speed"]["chair"]  # the baseline was timed in another run
+    (cost,) = [rows for title, _, rows in report.effect_tables(found) if title == "Cost"]
+    assert {row[0][0]: row[1][0] for row in cost} == {"baseline": "1.00x", "gift": "2.00x", "vhr": "-"}
+    alone = effects.effects(effects.read_runs(run.parent, ["vhr", "baseline"]))
+    head = next(head for title, head, _ in report.effect_tables(alone) if title == "Cost")
+    assert head == ["", "settings tried"]
+
+
 def test_runs_of_one_protocol_are_joined_and_others_are_not(run: Path) -> None:
     write_run(run.parent / "more", {"baseline": BASE, "vhr": BETTER})
     write_run(run.parent / "other", {"baseline": BASE}, model="another")
