@@ -221,9 +221,10 @@ def run(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
     denoise = denoise or denoising(model, {})
-    for spec in specs if denoise is not None else ():
-        with spec.applied(model, processor):
-            denoising(model, denoise)  # refuses what cannot go together
+    if denoise is not None:
+        for spec in specs:
+            with spec.applied(model, processor):
+                denoising(model, denoise)  # refuses what cannot go together
     config = {
         "eval": task.name,
         "model": model_name,

@@ -288,7 +288,7 @@ def gaze(model: nn.Module, inputs: Mapping[str, Any], answer: Sequence[int], **o
     """
     if host.canvas_decoder(model) is not None:
         raise NotImplementedError(
-            f"gaze() follows an answer token by token, and {model.config.model_type} writes all tokens of a canvas at once"
+            f"gaze() follows an answer token by token, and {type(model).__name__} writes all tokens of a canvas at once"
         )
     if not is_patched(model):
         with patched(model, _Bystander(), **options):

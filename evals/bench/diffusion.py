@@ -147,15 +147,16 @@ def speed(
     return {"parameters": sum(p.numel() for p in model.parameters()), "ratios_to_none": ordered}
 
 
-def scored(steps: int, length: int) -> dict[str, Variant]:
+def scored(steps: int, length: int, layers: int = 6) -> dict[str, Variant]:
     """What is compared in quality, by name: what :func:`variants` has, and what needs a trained model.
 
     Args:
         steps: of a caption.
         length: positions of a caption.
+        layers: of the model's decoder; the bundled one has 6.
     """
     out = variants("prefix")
-    out["layer_skip, lower half"] = ("layer_skip", {"layers": (0, 1, 2)}, {"cache": "prefix"})
+    out["layer_skip, lower half"] = ("layer_skip", {"layers": tuple(range(layers // 2))}, {"cache": "prefix"})
     for cache in ("none", "block", "dual"):
         out[f"{cache}{IN_BLOCKS}"] = (None, {}, {"cache": cache, "block_length": length // 4})
     out[ONE_BY_ONE] = (None, {}, {"cache": "prefix", "steps": length})
@@ -179,7 +180,7 @@ def quality(names: list[str], *, steps: int, length: int, limit: int, pope_limit
     loaded, processor = load_model(model)
     data = scenes.dataset("validation")
     chair_task, pope_task = tasks.chair_task(data, limit=limit), tasks.pope_task(data, limit=pope_limit)
-    known = scored(steps, length)
+    known = scored(steps, length, loaded.config.get_text_config(decoder=True).num_hidden_layers)
     names = list(dict.fromkeys(["none", *(reference(name) for name in names), *names]))
     found: dict[str, Any] = {}
     columns: dict[str, tuple[Any, Any]] = {}
@@ -192,8 +193,10 @@ def quality(names: list[str], *, steps: int, length: int, limit: int, pope_limit
                 for task, n, positions in ((chair_task, steps, length), (pope_task, SHORT, SHORT)):
                     options = {"steps": n, "gen_length": positions, "block_length": positions, **known[name][2]}
                     options |= {k: min(options[k], positions) for k in ("steps", "block_length")}
-                    runs = _answers(loaded, processor, task, options, lambda n: progress.advance(todo, n))
-                    records, work, tokens = (sum(part, []) for part in zip(*runs, strict=True))
+                    runs = list(_answers(loaded, processor, task, options, lambda n: progress.advance(todo, n)))
+                    records = [record for run in runs for record in run[0]]
+                    work = [done for run in runs for done in run[1]]
+                    tokens = [count for run in runs for count in run[2]]
                     operations = [denoising_flops(loaded.config, done, 1) for done in work]
                     scores[task.name] = task.summarise(records)["instances" if task is chair_task else "mean"] | {
                         "forwards": statistics.mean(map(len, work)),
