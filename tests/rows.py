@@ -273,6 +273,9 @@ ROWS: dict[str, Row] = {
     ),
     "idefics3": Row(4, TILES),
     "smolvlm": Row(4, TILES),
+    "granite_docling": Row(
+        4, {"pixel_values": (1, 3, 32, 32), "pixel_attention_mask": [[True]]}, {"vision_config": {"image_size": 32}}
+    ),
     "internvl": Row(4),
     "qianfan_ocr": Row(4),
     "janus": Row(
@@ -317,6 +320,9 @@ ROWS: dict[str, Row] = {
     "qwen3_omni_moe_thinker": Row(6, patches(96), {**DEEPSTACK, **OMNI}),
     "qwen3_vl": Row(6, patches(96), DEEPSTACK),
     "qwen3_vl_moe": Row(6, patches(96), DEEPSTACK),
+    "step3p7": Row(
+        4, {"pixel_values": (3, 32, 32)}, {"text_config": {"sliding_window": 256}, "vision_config": {"image_size": 32}}
+    ),
     "video_llama_3": Row(24, patches(48, image_merge_sizes=[1])),
     "video_llava": Row(16, {"pixel_values_images": (3, 16, 16)}, {"vision_feature_layer": -1}),
     "instructblip": Row(
@@ -358,6 +364,7 @@ ROWS: dict[str, Row] = {
     "git": Row(4),
     "blip": Row(4),
     "kosmos-2": Row(4),
+    "instructblipvideo": Row(4),
     "kosmos-2.5": Row(4),
     "idefics": Row(4),
     "mistral4": Row(4),
