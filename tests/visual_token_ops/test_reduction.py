@@ -836,7 +836,10 @@ class TestWrongInput:
         x = inputs([PROMPTS[0]], seed=SEED)
         with vlm_attn.patched(model, Random()), torch.no_grad():
             cache = host.cache_of(model(**x))
-        with vlm_attn.patched(model, "gift", **ACTIVE["gift"]), pytest.raises(ValueError, match="filled by other methods"):
+        with (
+            vlm_attn.patched(model, "gift", **ACTIVE["gift"]),
+            pytest.raises(ValueError, match="filled by other methods"),
+        ):
             model(**x, **{host.CACHE: cache})
 
 
