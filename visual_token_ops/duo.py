@@ -36,8 +36,8 @@ class Duo(HeadMethod):
         gates: ``[layers][KV heads]`` how much each head needs the whole context, 0..1; None = from the preset that
             ``vlm-attn calibrate MODEL --method duo`` writes (the paper trains the gates; the mask needs no training).
         sparsity: share of the KV heads that stream, those with the smallest gates. Range 0..1; 0 is neutral.
-        sink: first columns of a row that every head sees. Range 0..10 000.
-        recent: latest columns, the row's own counted. Range 1..1 000 000.
+        sink: first columns of a row that every head sees. Range 0..10000.
+        recent: latest columns, the row's own counted. Range 1..1000000.
         mode: ``"drop"`` takes columns out of the cache that no head of a layer will see again; ``"mask"`` keeps them.
             Static and quantised caches and decoders with sliding windows are masked.
 

@@ -40,8 +40,8 @@ class Razor(HeadMethod):
         induction: the same to the successors of the copies.
         echo_share: share of the KV heads that keep everything for their echo score. Range 0..1; 1 is neutral.
         induction_share: the same for the induction score.
-        sink: first columns that every head sees. Range 0..10 000.
-        local: latest columns, at least. Range 1..1 000 000.
+        sink: first columns that every head sees. Range 0..10000.
+        local: latest columns, at least. Range 1..1000000.
         fraction: ... or this share of the prompt, if that is more. Range 0..1.
         compensate: whether the dropped keys and values live on as their mean, counted as often as there are dropped ones:
             a key whose logit is raised by ``log n``.

@@ -28,7 +28,7 @@ class Recycled(HeadMethod):
 
     Attributes:
         keep: number of keys, or the share in (0, 1] of those that the full row sees. ``1.0`` is neutral.
-        stride: rows from one full row to the next; the last prompt token is the first. Range 1..100 000; 1 is neutral.
+        stride: rows from one full row to the next; the last prompt token is the first. Range 1..100000; 1 is neutral.
 
     Per layer and KV head, by attention averaged over the group's query heads. The cache stays whole: this saves time where a
     kernel reads chosen keys only, never memory. Deviations: between full rows nothing is taken out again as new tokens come

@@ -61,6 +61,7 @@ def test_registered_methods(control: Any) -> None:
     assert control.help
     if control.low is None or control.high is None:
         return
+    assert control.low < control.high
 
     def accepts(value: float) -> bool:
         try:
