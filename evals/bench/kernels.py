@@ -1,13 +1,19 @@
 """Attention kernels side by side, in one run: editing decode steps and masked prompts against what PyTorch has.
 
 Random tensors of real shapes. Every column of a case is first compared with float64; a column that is off by more than
-twice plain PyTorch's error in the same dtype prints "wrong" and no figure. Timed rounds run all columns in a shuffled
-order over rotating buffers, so that no column finds the others' keys in a cache; on CUDA every column runs as a CUDA
-graph where it can be captured.
+twice plain PyTorch's error in the same dtype prints its error and no figure, and one that does not run here its reason.
+Timed rounds run all columns in a shuffled order over rotating buffers, so that no column finds the others' keys in a
+cache; on CUDA every column runs as a CUDA graph where it can be captured.
+
+Columns that are not ours: SDPA (on CUDA its flash backend), the host's eager attention with a map per head, FlexAttention
+with its log-sum-exp and the same mask or score function, the same on its FLASH backend, ``varlen_attn``, and, for column
+sums, the package flash-colsum where it is installed. FlexAttention's GIFT is told the biases beforehand, which a decode
+step would have to find first.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import random
@@ -29,7 +35,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import vlm_attn
 from vlm_attn.hallucination import Gift, Var
-from vlm_attn.kernels import Edit, Group, edited_attention, masked_attention, masks, one_hot_segments, probe
+from vlm_attn.kernels import (
+    Edit,
+    Group,
+    attention_rows,
+    edited_attention,
+    masked_attention,
+    masks,
+    one_hot_segments,
+    probe,
+)
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Run = Callable[[int], Any]  # runs once on the buffers of this number
@@ -118,7 +133,7 @@ def _tensors(
 
 
 def decode_case(
-    batch: int, heads: tuple[int, int], length: int, dim: int, device: str, dtype: torch.dtype, repeats: int
+    batch: int, heads: tuple[int, int], length: int, dim: int, device: str, dtype: torch.dtype, repeats: int, flex: bool
 ) -> dict[str, Any]:
     """One decoding step, of which ``length // 2`` keys are the image."""
     size = 2 * batch * heads[1] * length * dim * torch.finfo(dtype).bits // 8  # bytes of K and V
@@ -132,10 +147,13 @@ def decode_case(
     sink_ids = torch.where(sinks, torch.where(visual, 3, 2), visual.int())
     saliency = torch.rand(batch, length, device=device)
     expanded = visual_ids.expand(batch, -1)
+    gift = Edit(one_hot_segments(expanded, 3, twin_of=1, log_weight=4.0 * saliency), Gift().reweigh)
     edits = {
         "ours plain": Edit(torch.ones(batch, length, 1, device=device), torch.ones_like),
-        "ours gift": Edit(one_hot_segments(expanded, 3, twin_of=1, log_weight=4.0 * saliency), Gift().reweigh),
+        "ours gift": gift,
         "ours var": Edit(one_hot_segments(sink_ids.expand(batch, -1), 4), Var().reweigh, conserves=True),
+        "flex gift": gift,
+        "flex flash gift": gift,
     }
 
     def ours(edit: Edit) -> Run:
@@ -148,13 +166,16 @@ def decode_case(
         maps = torch.softmax((query @ key.repeat_interleave(ratio, 1).mT).float() * scale, -1).to(query.dtype)
         return maps @ value.repeat_interleave(ratio, 1)
 
-    def sdpa(i: int) -> Tensor:
-        return scaled_dot_product_attention(*inputs[i], scale=scale, enable_gqa=heads[0] != heads[1])
-
-    columns: dict[str, Run] = {"sdpa": sdpa, "eager": eager, **{name: ours(edit) for name, edit in edits.items()}}
-    if device == "cuda":
-        columns["flex"] = _flex(inputs, scale, heads, None)
+    columns: dict[str, Run] = {"sdpa": _sdpa(inputs, scale, heads, device), "eager": eager}
+    columns |= {name: ours(edit) for name, edit in edits.items() if name.startswith("ours")}
+    if flex:
+        biases = [_bias(query, key, gift, scale) for query, key, _ in inputs]
+        for name, options in flex_columns(device).items():
+            columns[name] = _flex(inputs, scale, heads, None, options)
+            columns[f"{name} gift"] = _flex(inputs, scale, heads, None, options, biases)
     failures: dict[str, str] = {}
+    if device == "cuda":
+        _offer(columns, failures, "varlen", lambda: _varlen(inputs, scale, False, [length] * batch))
     for name in list(columns):
         query, key, value = inputs[0]
         edit = [edits[name]] if name in edits else []
@@ -163,6 +184,21 @@ def decode_case(
         failures |= _failed(columns, name, exact, plain)
     times = timed(columns, buffers, repeats, device, device == "cuda")
     return _row({"batch": batch, "heads": heads, "keys": length, "dim": dim}, times, failures, "sdpa", size, None)
+
+
+def _bias(query: Tensor, key: Tensor, edit: Edit, scale: float) -> Tensor:
+    """What an edit adds to the logits of one step, ``[B, H, S]``."""
+    segments = edit.over(key.shape[2])[:, None]
+    weight = edit.policy(attention_rows(query, key, scale=scale, backend="eager") @ segments)
+    return (weight @ segments.mT).log()[:, :, 0].to(query.dtype)
+
+
+def _offer(columns: dict[str, Run], failures: dict[str, str], name: str, build: Callable[[], Run]) -> None:
+    """A column of another library, or why there is none."""
+    try:
+        columns[name] = build()
+    except Exception as error:  # not installed, or nothing for this device or shape
+        failures[name] = f"{type(error).__name__}: {error}"
 
 
 def _failed(
@@ -179,12 +215,86 @@ def _failed(
     return {name: reason}
 
 
-def _flex(inputs: list[QKV], scale: float, heads: tuple[int, int], block_mask: Any) -> Run:
-    from torch.nn.attention.flex_attention import flex_attention
+def flex_columns(device: str) -> dict[str, dict[str, Any]]:
+    """FlexAttention as it is and, on CUDA, on the backend of FlashAttention's kernels: name and options of the kernel."""
+    return {"flex": {}, "flex flash": {"BACKEND": "FLASH"}} if device == "cuda" else {"flex": {}}
+
+
+def _flex(
+    inputs: list[QKV],
+    scale: float,
+    heads: tuple[int, int],
+    block_mask: Any,
+    options: dict[str, Any],
+    biases: list[Tensor] | None = None,
+) -> Run:
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
+    given: dict[str, Any] = {
+        "scale": scale,
+        "enable_gqa": heads[0] != heads[1],
+        "block_mask": block_mask,
+        "return_aux": AuxRequest(lse=inputs[0][0].is_cuda),  # on a CPU it has no log-sum-exp
+    }
+    if options:
+        given["kernel_options"] = options
+
+    def run(i: int) -> Tensor:
+        if biases is None:
+            return compiled(*inputs[i], **given)[0]
+        bias = biases[i]
+        return compiled(*inputs[i], score_mod=lambda s, b, h, q, k: s + bias[b, h, k], **given)[0]
+
+    return run
+
+
+def _sdpa(inputs: list[QKV], scale: float, heads: tuple[int, int], device: str, causal: bool = False) -> Run:
+    """SDPA without a mask: on CUDA its flash backend and no other."""
     gqa = heads[0] != heads[1]
-    return lambda i: compiled(*inputs[i], scale=scale, enable_gqa=gqa, block_mask=block_mask)
+
+    def run(i: int) -> Tensor:
+        return scaled_dot_product_attention(*inputs[i], is_causal=causal, scale=scale, enable_gqa=gqa)
+
+    if device != "cuda":
+        return run
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def flash(i: int) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return run(i)
+
+    return flash
+
+
+def _varlen(inputs: list[QKV], scale: float, causal: bool, lengths: list[int]) -> Run:
+    """``varlen_attn`` of prompts of these lengths one behind the other, rows of the batch as well; on copies in its layout.
+
+    Raises:
+        ImportError: this PyTorch has none.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    def packed(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2).flatten(0, 1).contiguous()
+
+    query, device = inputs[0][0], inputs[0][0].device
+    rows = [1] * len(lengths) if query.shape[2] == 1 else lengths
+    ends = [torch.tensor([0, *n], device=device).cumsum(0).to(torch.int32) for n in (rows, lengths)]
+    options: dict[str, Any] = {"scale": scale}
+    if causal:  # named one way and then the other
+        names = inspect.signature(varlen_attn).parameters
+        options |= {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    given = [[packed(tensor) for tensor in buffer] for buffer in inputs]
+    ratio = query.shape[1] // inputs[0][1].shape[1]
+    if ratio > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+
+    def run(i: int) -> Tensor:
+        out = varlen_attn(*given[i], *ends, max(rows), max(lengths), **options)
+        return out.unflatten(0, (len(query), -1)).transpose(1, 2)
+
+    return run
 
 
 def prefill_case(
@@ -196,73 +306,128 @@ def prefill_case(
     device: str,
     dtype: torch.dtype,
     repeats: int,
+    flex: bool,
 ) -> dict[str, Any]:
-    """A prompt with ``visual`` image tokens: a causal mask and a modality-mutual one, and column sums of all rows."""
+    """A prompt with ``visual`` image tokens, under several masks; four prompts packed into the same row; column sums.
+
+    "ours sums" is one call for a causal forward with log weights, group masses and the column sums of the question's rows.
+    """
     inputs = _tensors(1, batch, heads, length, length, dim, {"device": device, "dtype": dtype})
+    query, key, value = inputs[0]
     scale, gqa = dim**-0.5, heads[0] != heads[1]
     group = torch.full((batch, length), int(Group.SYSTEM), dtype=torch.uint8, device=device)
     group[:, 16 : 16 + visual] = int(Group.VISUAL)
     group[:, -64:] = int(Group.QUERY)
+    window = masks.named(f"sliding:{max(64, length // 8)}")
+    lengths = [length - 3 * (length // 4), *[length // 4] * 3]
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0)
+    document = masks.documents(ends).expand(batch, -1)
     matrix = masks.materialise(masks.modality_mutual, group)
-    last = torch.arange(length, device=device)[None]
+    question = group == int(Group.QUERY)
+    extras = {
+        "log_weight": torch.rand(batch, length, device=device),
+        "segments": one_hot_segments(group == int(Group.VISUAL), 2),
+        "summed": question,
+    }
+    # What a column's name ends in says what it must compute.
+    means: dict[str, tuple[masks.Mask, dict[str, Any]]] = {
+        "causal": (masks.causal, {}),
+        "mutual": (masks.modality_mutual, {}),
+        "window": (window, {}),
+        "packed": (masks.causal, {"document": document}),
+        "sums": (masks.causal, extras),
+    }
 
-    def ours(mask: masks.Mask) -> Run:
-        return lambda i: masked_attention(*inputs[i], mask, group, scale=scale)
+    def ours(name: str) -> Run:
+        mask, options = means[name]
+        pick = (lambda found: found.out) if name == "sums" else (lambda found: found)
+        return lambda i: pick(masked_attention(*inputs[i], mask, group, scale=scale, **options))
+
+    def eager(i: int) -> Tensor:
+        """The host's eager attention under the mutual mask."""
+        query, key, value = inputs[i]
+        logits = (query @ key.repeat_interleave(heads[0] // heads[1], 1).mT) * scale
+        maps = torch.softmax(logits.masked_fill(~matrix, torch.finfo(dtype).min).float(), -1).to(dtype)
+        return maps @ value.repeat_interleave(heads[0] // heads[1], 1)
 
     columns: dict[str, Run] = {
-        "sdpa causal": lambda i: scaled_dot_product_attention(*inputs[i], is_causal=True, scale=scale, enable_gqa=gqa),
+        "sdpa causal": _sdpa(inputs, scale, heads, device, causal=True),
         "sdpa mutual": lambda i: scaled_dot_product_attention(
             *inputs[i], attn_mask=matrix, scale=scale, enable_gqa=gqa
         ),
-        "ours causal": ours(masks.causal),
-        "ours mutual": ours(masks.modality_mutual),
-        "ours window": ours(masks.named(f"sliding:{max(64, length // 8)}")),
     }
-    if device == "cuda":
+    holds_maps = device == "cuda" or length <= 4096  # without Triton all rows' attention is held at once
+    columns |= {f"ours {name}": ours(name) for name in means if name != "sums" or holds_maps}
+    if length <= 4096:
+        columns["eager mutual"] = eager
+    failures: dict[str, str] = {}
+    if flex:
         from torch.nn.attention.flex_attention import create_block_mask
 
         def mutual(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (k <= q) | ((group[b, q] == int(Group.VISUAL)) & (group[b, k] == int(Group.QUERY)))
 
-        columns["flex mutual"] = _flex(
-            inputs, scale, heads, create_block_mask(mutual, batch, None, length, length, device)
-        )
-    failures: dict[str, str] = {}
+        blocks = create_block_mask(mutual, batch, None, length, length, device)
+        for name, options in flex_columns(device).items():
+            columns[f"{name} mutual"] = _flex(inputs, scale, heads, blocks, options)
+    if device == "cuda":
+        _offer(columns, failures, "varlen causal", lambda: _varlen(inputs, scale, True, [length] * batch))
+        _offer(columns, failures, "varlen packed", lambda: _varlen(inputs, scale, True, lengths * batch))
     rows = min(64, length)  # enough rows to see a mistake, few enough for float64
-    used = {
-        "causal": masks.causal,
-        "mutual": masks.modality_mutual,
-        "window": masks.named(f"sliding:{max(64, length // 8)}"),
-    }
-    query, key, value = inputs[0]
     for name in list(columns):
-        mask = used[name.split()[1]]
+        mask, options = means[name.split()[-1]]
+        weight = {key: options[key] for key in options if key in ("document", "log_weight")}
         for first in (0, 16 + visual // 2, length - rows):
             start = min(first, length - rows)
             part = query[:, :, start : start + rows]
-            where: dict[str, Any] = {"first": start, "scale": scale, "backend": "reference"}
+            where: dict[str, Any] = {"first": start, "scale": scale, "backend": "reference", **weight}
             exact: Any = masked_attention(part.double(), key.double(), value.double(), mask, group, **where)
             plain: Any = masked_attention(part, key, value, mask, group, **where)
             if name in columns:
                 failures |= _failed(columns, name, exact, plain, slice(start, start + rows))
-    if device == "cuda" or length <= 4096:  # without Triton all rows' attention is held at once
-        columns["column sums"] = lambda i: probe(*inputs[i][:2], last=last, scale=scale)
-        total = float(columns["column sums"](0).column_sum.double().sum())
-        if abs(total / (batch * heads[0] * length) - 1) > 1e-4:  # every row's attention adds up to one
-            failures["column sums"] = f"rows add up to {total / (batch * heads[0] * length):.4f}"
-            del columns["column sums"]
+    if holds_maps:
+        _column_sums(columns, failures, inputs, scale)
     times = timed(columns, 1, repeats, device, device == "cuda")
     operations = 4 * batch * heads[0] * dim * length * (length + 1) // 2
-    empty = 1 - float(matrix.sum()) / matrix.numel()
-    shape = {
-        "batch": batch,
-        "heads": heads,
-        "keys": length,
-        "visual": visual,
-        "dim": dim,
-        "hidden_share": round(empty, 3),
-    }
+    hidden = {name: 1 - _share(mask, group, options.get("document")) for name, (mask, options) in means.items()}
+    shape = {"batch": batch, "heads": heads, "keys": length, "visual": visual, "dim": dim}
+    shape |= {"hidden_share": {name: round(share, 3) for name, share in hidden.items() if name != "sums"}}
     return _row(shape, times, failures, "sdpa causal", None, operations)
+
+
+def _share(mask: masks.Mask, group: Tensor, document: Tensor | None) -> float:
+    """What share of the matrix a mask shows, counted in parts: the matrix of a long prompt is large."""
+    length = group.shape[1]
+    parts = [range(first, min(first + 1024, length)) for first in range(0, length, 1024)]
+    shown = sum(int(masks.materialise(mask, group, document=document, rows=rows).sum()) for rows in parts)
+    return shown / (len(group) * length * length)
+
+
+def _column_sums(columns: dict[str, Run], failures: dict[str, str], inputs: list[QKV], scale: float) -> None:
+    """Sums over all rows of a causal prompt: ours for every head, flash-colsum's for their mean, where it is installed."""
+    query, key, _ = inputs[0]
+    (batch, heads, length, _), grouped = query.shape, query.shape[1] != key.shape[1]
+    last = torch.arange(length, device=query.device)[None]
+    columns["column sums"] = lambda i: probe(*inputs[i][:2], last=last, scale=scale)
+    found = columns["column sums"](0).column_sum.double()
+    if abs(float(found.sum()) / (batch * heads * length) - 1) > 1e-4:  # every row's attention adds up to one
+        failures["column sums"] = f"rows add up to {float(found.sum()) / (batch * heads * length):.4f}"
+        del columns["column sums"]
+    if grouped or batch > 1 or not query.is_cuda:
+        failures["flash-colsum"] = "takes CUDA tensors of batch 1 without grouped heads only"
+        return
+    try:
+        from flash_colsum import flash_colsum
+
+        mean = flash_colsum(query, key, scale=scale, is_causal=True).double()
+    except Exception as error:  # not installed, or nothing for this device
+        failures["flash-colsum"] = f"{type(error).__name__}: {error} (pip install flash-colsum)"
+        return
+    wanted = found.mean(1) / length
+    if not bool(((mean - wanted).abs() <= 0.02 * wanted + 1e-6).all()):  # it sums in half precision
+        failures["flash-colsum"] = f"differs from ours by up to {float((mean / wanted - 1).abs().max()):.1%}"
+        return
+    columns["flash-colsum"] = lambda i: flash_colsum(*inputs[i][:2], scale=scale, is_causal=True)
 
 
 def _row(
@@ -281,13 +446,15 @@ def _row(
             "seconds": _spread(seconds),
             f"ratio_to_{base.replace(' ', '_')}": _spread(ratios) if ratios else None,
             "bytes_per_second": size / median if size else None,
-            "causal_flops_per_second": operations / median if operations and "window" not in name else None,
+            "causal_flops_per_second": operations / median
+            if operations and name.split()[-1] not in ("window", "packed")
+            else None,
         }
     return {"shape": shape, "kv_bytes": size, "columns": figures, "no_figure": failures}
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
     return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
 
 
@@ -322,7 +489,14 @@ def cases(device: str, small: bool) -> tuple[list[tuple[Any, ...]], list[tuple[A
 
 
 def measure(
-    *, device: str, dtype: torch.dtype, repeats: int, small: bool, seed: int, done: Callable[[str, dict], None]
+    *,
+    device: str,
+    dtype: torch.dtype,
+    repeats: int,
+    small: bool,
+    flex: bool,
+    seed: int,
+    done: Callable[[str, dict], None],
 ) -> dict[str, Any]:
     """Measure everything; see :func:`kernels` for the parameters.
 
@@ -347,6 +521,7 @@ def measure(
             "repeats": repeats,
             "seed": seed,
             "cuda_graphs": device == "cuda",
+            "flex": flex,
         },
     }
     with torch.no_grad():
@@ -355,7 +530,8 @@ def measure(
         for name, run, shapes in zip(("decode", "prefill"), runs, cases(device, small), strict=True):
             result[name] = []
             for shape in shapes:
-                row = run(*shape, device=device, dtype=dtype, repeats=repeats)
+                torch.compiler.reset()  # FlexAttention compiles for every shape
+                row = run(*shape, device=device, dtype=dtype, repeats=repeats, flex=flex)
                 done(name, row)
                 result[name].append(row)
     return result
@@ -399,12 +575,16 @@ def kernels(
     small: Annotated[
         bool, typer.Option("--small", help="One tiny case of each kind, to see that everything runs.")
     ] = False,
+    flex: Annotated[
+        bool | None,
+        typer.Option("--flex/--no-flex", help="FlexAttention, which compiles for every case.", show_default="on CUDA"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the tensors and of the order.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")
     ] = None,
 ) -> None:
-    """Edited decoding and masked prefill against SDPA, eager and FlexAttention, on random tensors, checked first.
+    """Edited decoding and masked prefill against SDPA, eager, FlexAttention and varlen_attn, on random tensors, checked first.
 
     Ratios are to SDPA (prefill: SDPA's causal path), within a round. "ours" is what the dispatch chooses on the device.
 
@@ -425,6 +605,7 @@ def kernels(
         dtype=getattr(torch, wanted),
         repeats=repeats,
         small=small,
+        flex=device == "cuda" if flex is None else flex,
         seed=seed,
         done=lambda kind, row: _print(console, kind, row),
     )

@@ -16,9 +16,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -33,7 +34,31 @@ from vlm_attn import registry
 from vlm_attn.branch import Decoding
 from vlm_attn.hallucination import Gift, Icd, Var
 
-Variant = tuple[str, Any]
+CAPTURED = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture(vlm_attn.Method):
+    """Read what the last rows of the prompt attend to, in every layer, and edit nothing."""
+
+    name: ClassVar[str] = "capture"
+    edited_rows: ClassVar[Literal["last", "text", "none"]] = "none"
+
+    layers: int
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """All layers."""
+        return tuple(range(self.layers))
+
+    def read_rows(self, call: Any) -> torch.Tensor:
+        """The last :data:`CAPTURED` columns."""
+        last = torch.arange(call.prompt.length - CAPTURED, call.prompt.length, device=call.layout.group.device)
+        return last.expand(call.batch, -1)
+
+    def edit(self, call: Any, layer: int) -> None:
+        """Nothing."""
+        return None
 
 
 SMALL_TOWER: Mapping[str, Any] = {
@@ -105,6 +130,7 @@ def variants(layers: int, hidden: int, names: Sequence[str] = ("gift", "var")) -
     var: dict[str, Any] = {"sink_dims": (0, hidden // 2), "tau": 2.5, "rho": 0.5, "visual_floor": 0.2}
     ready = {"gift": Gift(**gift), "var": Var(**var), "icd": Icd(prefix=tuple(range(100, 108)))}
     compared: dict[str, list[Any] | None] = {"plain": None, "neutral": [Gift(**gift, alpha=0.0), Var(**var, p=0.0)]}
+    compared[f"capture {CAPTURED}"] = [Capture(layers=layers)]
     return compared | {name: [ready.get(name) or registry.build(name)] for name in names}
 
 
@@ -261,6 +287,7 @@ def overhead(
 ) -> None:
     """What a method costs, against the plain model, paired in one run: prefill, decode and the whole of generate().
 
+    "capture 16" reads what the last 16 rows of the prompt attend to in every layer, and edits nothing: see its prefill.
     An edit costs a fixed handful of small operations per layer, so its share falls with the size of the model.
 
     Example: vlm-attn bench overhead --hidden 768 --method vcd --method guidance --method dola --json overhead.json

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from vlm_attn.evals.bench import overhead
@@ -37,7 +38,7 @@ def test_overhead_writes_paired_ratios(tmp_path):
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
-    assert set(result["ratios_to_plain"]) == {"neutral", "gift", "var"}
+    assert set(result["ratios_to_plain"]) == {"neutral", "capture 16", "gift", "var"}
     for ratio in result["ratios_to_plain"].values():
         assert ratio["decode"]["p20"] <= ratio["decode"]["median"] <= ratio["decode"]["p80"]
     assert result["config"]["visual_tokens"] == 576
@@ -91,6 +92,15 @@ def test_the_benchmarked_edits_do_something():
         for name in ("gift", "var"):
             with vlm_attn.patched(model, overhead.variants(4, 64)[name]):
                 assert not torch.allclose(model(**inputs).logits[:, -1], plain, atol=1e-7), name
+        capture, read = overhead.variants(4, 64)["capture 16"], []
+        with pytest.MonkeyPatch.context() as patch, vlm_attn.patched(model, capture):
+            patch.setattr(overhead.Capture, "prompt_read", lambda self, call, rows: read.append(rows))
+            assert torch.equal(model(**inputs).logits[:, -1], plain)
+    (rows,) = read
+    assert sorted(rows) == [0, 1, 2, 3]
+    assert all(
+        found.shape[2:] == (16, 606) and torch.allclose(found.sum(-1), torch.ones(())) for found in rows.values()
+    )
 
 
 def test_kernels_are_checked_before_they_are_timed(tmp_path, monkeypatch):
@@ -105,9 +115,13 @@ def test_kernels_are_checked_before_they_are_timed(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "kernels.json").read_text())
     decode, prefill = result["decode"][0], result["prefill"][0]
-    assert decode["no_figure"] == prefill["no_figure"] == {}
+    assert decode["no_figure"] == {}
+    assert set(prefill["no_figure"]) == {"flash-colsum"}  # a CUDA package
     assert set(decode["columns"]) == {"sdpa", "eager", "ours plain", "ours gift", "ours var"}
-    assert set(prefill["columns"]) >= {"sdpa causal", "ours causal", "ours mutual", "column sums"}
+    ours = {f"ours {name}" for name in ("causal", "mutual", "window", "packed", "sums")}
+    assert set(prefill["columns"]) == {"sdpa causal", "sdpa mutual", "eager mutual", "column sums", *ours}
+    hidden = prefill["shape"]["hidden_share"]
+    assert hidden["mutual"] < hidden["causal"] < hidden["packed"] < 1
     assert result["ceilings"]["copy_bytes_per_second"] > 0
 
     edited = kernels.edited_attention
