@@ -68,8 +68,10 @@ def segmented_attention(
     logits = masked_logits(query, key, mask=mask, scale=scale, softcap=softcap)
     value = value.repeat_interleave(query.shape[1] // key.shape[1], 1)
     weighted = logits[:, :, :, None, :] + segments.to(logits).log().transpose(1, 2)[:, None, None]
-    lse = torch.logsumexp(weighted, dim=-1)
-    probability = torch.exp(weighted - lse[..., None]).nan_to_num(0.0)
+    empty = (weighted == float("-inf")).all(-1, keepdim=True)
+    safe = weighted.masked_fill(empty, 0.0)  # so that nothing has no gradient, and not NaN
+    lse = torch.logsumexp(safe, dim=-1).masked_fill(empty[..., 0], float("-inf"))
+    probability = torch.softmax(safe, dim=-1).masked_fill(empty, 0.0)
     return lse, torch.einsum("bhqns,bhsd->bhqnd", probability, value)
 
 
@@ -110,7 +112,8 @@ def edited_attention(
     bias = torch.zeros_like(logits)
     for edit in edits:
         segments = edit.over(key.shape[2], offset).to(logits)[:, None]
-        weight = edit.policy((plain @ segments).float()).to(logits)
+        mass = plain @ segments
+        weight = edit.policy(mass.to(torch.promote_types(mass.dtype, torch.float32))).to(logits)
         bias = bias + (weight @ segments.transpose(-1, -2)).log()
     edited = torch.softmax(logits + bias, -1).nan_to_num(0.0)
     out = edited @ value.to(edited.dtype).repeat_interleave(query.shape[1] // key.shape[1], 1)

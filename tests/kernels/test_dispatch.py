@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from vlm_attn.kernels import Edit, combine, dispatch, edited_attention, one_hot_segments, segmented_attention
+from vlm_attn.kernels import (
+    Edit,
+    ScoreEdit,
+    attention_rows,
+    combine,
+    dispatch,
+    edited_attention,
+    masked_attention,
+    masks,
+    one_hot_segments,
+    segmented_attention,
+)
 from vlm_attn.kernels.dispatch import Facts, choose
 
 from .running import DEVICE, why_not
@@ -16,9 +28,11 @@ from .running import DEVICE, why_not
 EDIT = Edit(one_hot_segments(torch.tensor([[0, 1, 1, 0, 1]]), 2), lambda mass: 1 + mass)
 
 
-def qkv(heads: int = 4, kv_heads: int = 2, dim: int = 8, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    heads: int = 4, kv_heads: int = 2, dim: int = 8, rows: int = 1, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.randn(1, heads, 1, dim, **options),
+        torch.randn(1, heads, rows, dim, **options),
         torch.randn(1, kv_heads, 5, dim, **options),
         torch.randn(1, kv_heads, 5, dim, **options),
     )
@@ -126,6 +140,51 @@ def test_gradients(backend: str) -> None:
     for one, two in zip(got, wanted, strict=True):
         assert torch.allclose(one, two, atol=1e-5)
         assert one.abs().max() > 1e-3
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "edited_attention": lambda q, k, v, mask: edited_attention(
+        q, k, v, [ScoreEdit(torch.rand(1, 5).double()), EDIT], mask=mask, scale=0.5, softcap=3.0, backend="reference"
+    ),
+    "segmented_attention": lambda q, k, v, mask: segmented_attention(
+        q, k, v, one_hot_segments(torch.tensor([[0, 2, 2, 0, 2]]), 3).double(), mask=mask, scale=0.5
+    )[1],
+    "combine": lambda q, k, v, mask: combine(
+        q[..., :3], torch.stack([v[:, :, :2], k[:, :, :2], v[:, :, 2:4]], 3).repeat(1, 2, 1, 1, 1), k[:, :1, :2, :3]
+    ),
+    "masked_attention": lambda q, k, v, mask: masked_attention(
+        q, k, v, masks.full, torch.tensor([[0, 1, 1, 1, 5]]), first=0, scale=0.5, lse=True
+    )[:2],
+    "attention_rows": lambda q, k, v, mask: attention_rows(q, k, mask=mask, scale=0.5),
+}
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "attention_rows"])
+def test_gradients_in_double(operation: str) -> None:
+    """The twins, with a row that sees nothing, a segment without keys and a policy that follows the masses."""
+    torch.manual_seed(0)
+    query, key, value = (t.double() for t in qkv(rows=2))
+    mask = torch.tensor([[True, True, False, True, True], [False] * 5])[None, None]
+
+    def run(*tensors: Tensor) -> Any:
+        torch.manual_seed(1)
+        return OPERATIONS[operation](*tensors, mask)
+
+    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in (query, key, value)])
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_triton_asked_for_gradients_says_so(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    run = OPERATIONS[operation]
+    monkeypatch.setattr(dispatch, "_preferred", "triton")
+    tensors = [t.to(DEVICE).requires_grad_() for t in qkv(rows=2)]
+    with pytest.raises(RuntimeError, match=f"'triton' cannot run this {operation}: gradients are asked for"):
+        dispatch.choose(operation, facts(device=DEVICE, grad=True))
+    if operation != "edited_attention":  # there the test asks for the twin by name
+        with pytest.raises(RuntimeError, match=f"'triton' cannot run this {operation}: gradients are asked for"):
+            run(*tensors, None)
 
 
 @pytest.mark.parametrize(
