@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 import vlm_attn
 from tests import tiny
@@ -150,6 +151,34 @@ def test_edits_of_prompt_rows_are_one(ran: Counter[str]) -> None:
     close(got, wanted)
     differ(wanted, alone)
     assert ran["edited_attention"] == 4
+
+
+def test_compiled_decode_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a static cache the decode step is one graph that holds the registered operations."""
+    from vlm_attn.kernels import triton_segmented
+
+    calls: list[int] = []
+    partials = triton_segmented.partials
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(len(args))
+        return partials(*args, **options)
+
+    monkeypatch.setattr(triton_segmented, "partials", counted)
+    compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    model, inputs = tiny.llava()
+    x = inputs(PROMPTS[1:])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with vlm_attn.patched(model, registry.build("gift", **ACTIVE["gift"])):
+        wanted = generate(model, x, 3)
+        with prefer("triton"):
+            got = generate(model, x, 3, cache_implementation="static", compile_config=compiled)
+    same(got, wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert len(calls) == 9  # the last row of the prompt and two steps, in three layers
 
 
 def test_two_methods_decode_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

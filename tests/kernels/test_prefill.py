@@ -305,6 +305,22 @@ def test_hidden_tiles_are_not_read() -> None:
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "length"), [((28, 4), 1100), ((8, 8), 700)])
+def test_device_sizes(heads: tuple[int, int], length: int, dtype: torch.dtype) -> None:
+    tensors, group = problem(heads=heads, length=length, dim=128, dtype=dtype)
+    ids = torch.randint(3, (2, length), device=DEVICE)
+    options: dict[str, Any] = {
+        "segments": one_hot_segments(ids, 3),
+        "summed": ids == 1,
+        "document": masks.documents(torch.tensor([0, length // 3, length], device=DEVICE)).expand(2, -1),
+    }
+    for name in ("causal", "modality-mutual", "vision-block"):
+        check(tensors, group, masks.named(name), dtype)
+        check(tensors, group, masks.named(name), dtype, **options)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "reference", pytest.param("triton", marks=needs_triton)])
 def test_one_causal_prompt_is_plain_attention(backend: str) -> None:
     tensors, _ = problem(batch=1)

@@ -155,6 +155,14 @@ def test_any_shape(data: st.DataObject) -> None:
     check(*case, dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(28, 4), (8, 8)])
+def test_device_sizes(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    check(*problem(heads=heads, rows=64, length=4100, dim=128, dtype=dtype), dtype)
+    check(*problem(heads=heads, rows=900, length=900, dim=128, dtype=dtype), dtype, maps=False)
+
+
 def test_what_the_results_mean() -> None:
     query, key, options = problem(batch=1, rows=4)
     found = probe(query, key, **options, maps=True, backend="eager")
