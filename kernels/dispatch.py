@@ -144,8 +144,8 @@ def triton_refuses(facts: Facts) -> str | None:
 
 
 def _segmented_refuses(facts: Facts) -> str | None:
-    if facts.score not in ("", "magnitude", "logit"):
-        return f"score edits of {facts.score}: allowed is one, of magnitude or logit"
+    if "," in facts.score:
+        return f"score edits of {facts.score}: allowed is one"
     if facts.edits > 1:
         return f"{facts.edits} edits in one layer, allowed is 1: edited.merged makes one of several where it can"
     if facts.segments > MOST_SEGMENTS:
@@ -307,10 +307,8 @@ def _edited_triton(
         check_segments(segments, key)
     run = _triton_operations()
     weights = scores[0].weights(length, rows, offset, row) if scores else None
-    magnitude = not scores or scores[0].of == "magnitude"
-    lse, out = run.partials(
-        query, key, value, segments.expand(-1, length, -1), mask, scale, softcap, weights, magnitude
-    )
+    of = scores[0].of if scores else "magnitude"
+    lse, out = run.partials(query, key, value, segments.expand(-1, length, -1), mask, scale, softcap, weights, of)
     if edits:
         mass = run.masses(lse)
         weight = edits[0].policy(mass.view(batch, heads, rows, -1))

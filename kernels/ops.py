@@ -19,16 +19,16 @@ def partials(
     scale: float,
     softcap: float | None,
     score: Tensor | None = None,
-    of_magnitude: bool = True,
+    score_of: str = "magnitude",
 ) -> tuple[Tensor, Tensor]:
     """See ``triton_segmented.partials``."""
     from vlm_attn.kernels import triton_segmented
 
-    return triton_segmented.partials(query, key, value, segments, mask, scale, softcap, score, of_magnitude)
+    return triton_segmented.partials(query, key, value, segments, mask, scale, softcap, score, score_of)
 
 
 @partials.register_fake
-def _(query, key, value, segments, mask, scale, softcap, score=None, of_magnitude=True):  # type: ignore[no-untyped-def]
+def _(query, key, value, segments, mask, scale, softcap, score=None, score_of="magnitude"):  # type: ignore[no-untyped-def]
     batch, heads, rows, dim = query.shape
     parts = -(-key.shape[2] // tuning.chunk(query, key))
     total, count = batch * heads * rows, segments.shape[2]

@@ -26,6 +26,7 @@ from vlm_attn.kernels import tuning
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
+SCORES = {"magnitude": 1, "logit": 2, "head_mean": 3}
 # Triton compiles again for sizes that are 1 or multiples of 16. These change while a cache grows: one version for all.
 GROWING = ["length", "chunk", "parts", "mask_b", "mask_h", "mask_q", "segments_b", "lse_row", "score_b", "score_q"]
 
@@ -149,7 +150,11 @@ def partials_kernel(
         visible = inside[:, None] & valid[None, :]
         if SCORE:
             w = tl.load(score_at[:, None] + s[None, :] * score_s, mask=visible, other=0.0)
-            logits += w * (tl.maximum(logits, -logits) if SCORE == 1 else logits)
+            if SCORE == 1:
+                w *= tl.maximum(logits, -logits)
+            if SCORE == 2:
+                w *= logits
+            logits += w
         if MASK == 1:
             seen = tl.load(mask_at[:, None] + s[None, :] * mask_s, mask=visible, other=0)
             visible = visible & (seen != 0)
@@ -220,6 +225,36 @@ def partials_kernel(
     tl.store(
         all_at, tl.where(some, (top_all + tl.log2(tl.where(some, total_all, 1.0))) * LN2, float("-inf")), mask=inside
     )
+
+
+@jit_growing
+def head_mean_kernel(
+    query, key, size, scale, cap,
+    query_b, query_h, query_q, query_d, key_b, key_h, key_s, key_d, kv_heads, ratio, rows, length, dim,
+    CAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys, one tile of rows: the logits' magnitude, its mean over all heads. Reads K once, no V."""
+    tile, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid, inside = s < length, row < rows
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_R, BLOCK_S], tl.float32)
+    for g in range(0, kv_heads):
+        k = tl.load(
+            key + b * key_b + g * key_h + s[None, :] * key_s + d[:, None] * key_d,
+            mask=(d < dim)[:, None] & valid[None, :],
+            other=0.0,
+        )
+        for i in range(0, ratio):
+            q_at = query + b * query_b + (g * ratio + i) * query_h + row * query_q
+            q = tl.load(q_at[:, None] + d[None, :] * query_d, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
+            logits = tl.dot(q, k, input_precision="ieee") * scale
+            if CAP:
+                logits = soft_cap(logits, cap)
+            total += tl.maximum(logits, -logits)
+    at = size + (b * rows + row)[:, None] * length + s[None, :]
+    tl.store(at, total / (kv_heads * ratio), mask=inside[:, None] & valid[None, :])
 
 
 @jit_growing
@@ -307,7 +342,7 @@ def partials(
     scale: float,
     softcap: float | None,
     score: Tensor | None = None,
-    of_magnitude: bool = True,
+    score_of: str = "magnitude",
     parts: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and output of every chunk and segment.
@@ -320,8 +355,8 @@ def partials(
         mask: bool or additive ``[B or 1, H or 1, Q, >= S]``.
         scale: factor on the dot products.
         softcap: see ``attention_rows``.
-        score: ``[B or 1, Q or 1, S]`` float32, w of ``s + w |s|``, or of ``s + w s`` without ``of_magnitude``.
-        of_magnitude: see there.
+        score: ``[B or 1, Q or 1, S]`` float32, w of a ``ScoreEdit``.
+        score_of: ``magnitude``, ``logit`` or ``head_mean``, for which K is read twice.
         parts: number of chunks the keys are cut into, at most; 0 = as many as keep the device busy.
 
     Returns:
@@ -345,16 +380,32 @@ def partials(
         seen = seen[..., :length].expand(batch, heads, rows, length)
         mask_strides = seen.stride()
     segments = segments.expand(batch, length, count)
+    if score is not None and score_of == "head_mean":
+        score = score * head_mean(query, key, scale, softcap)
     weights = query[0] if score is None else score.expand(batch, rows, length)
     partials_kernel[(parts, tiles, batch * kv_heads)](
         query, key, value, segments, seen, weights, lse, out,
         scale, softcap or 1.0, hidden,
         *query.stride(), *key.stride(), *value.stride(), *segments.stride(), *mask_strides,
         *weights.stride(), kv_heads, ratio, rows, length, dim, chunk, parts,
-        N=count, MASK=kind, CAP=softcap is not None, SCORE=0 if score is None else 1 if of_magnitude else 2,
+        N=count, MASK=kind, CAP=softcap is not None, SCORE=0 if score is None else SCORES[score_of],
         BLOCK_D=next_power(dim, 16), **block,
     )  # fmt: skip
     return lse, out
+
+
+@on_its_device
+def head_mean(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Mean over the heads of the logits' magnitude, ``[B, Q, S]`` float32."""
+    batch, heads, rows, dim = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    block = tuning.decode(query, rows, dim)
+    size = torch.empty(batch, rows, length, dtype=torch.float32, device=query.device)
+    head_mean_kernel[(triton.cdiv(length, block["BLOCK_S"]), triton.cdiv(rows, block["BLOCK_R"]), batch)](
+        query, key, size, scale, softcap or 1.0, *query.stride(), *key.stride(),
+        kv_heads, heads // kv_heads, rows, length, dim, CAP=softcap is not None, BLOCK_D=next_power(dim, 16), **block,
+    )  # fmt: skip
+    return size
 
 
 @on_its_device

@@ -103,8 +103,7 @@ def vlm_attention(
     if call.mask is not None:
         drawn = _drawn(call, query, key, value, **shared) if chooser is None else None
         if drawn is None:
-            columns = torch.arange(query.shape[2], device=query.device) + call.past
-            attention_mask = host.mask_like(call.mask.rows(columns, key.shape[2]), tag.base, query)
+            attention_mask = host.mask_like(call.mask.written(int(call.past), query.shape[2], key), tag.base, query)
 
     whole = share = None
     if chooser is not None and getattr(module, "sliding_window", None) is None:

@@ -34,13 +34,22 @@ class PromptMask:
     mask: Mask
     group: Tensor
     _patterns: dict[Any, Pattern] = field(default_factory=dict)
+    _written: dict[Any, Tensor] = field(default_factory=dict)
 
     def rows(self, columns: Tensor, length: int) -> Tensor:
         """``[B, 1, R, length]`` bool: what rows at the columns ``[R]`` or ``[B, R]`` see of the first ``length`` columns."""
-        group = extended(self.group, max(length, int(columns.max()) + 1), int(Group.GENERATED))
+        group = extended(self.group.to(columns.device), max(length, int(columns.max()) + 1), int(Group.GENERATED))
         seen = materialise(self.mask, group, rows=columns)[..., :length]
         # Padded rows are never read; they see something, so that no softmax runs over nothing.
         return seen | (group.gather(1, columns.expand(len(group), -1)) == Group.PAD)[:, None, :, None]
+
+    def written(self, first: int, rows: int, key: Tensor) -> Tensor:
+        """``[B, 1, rows, S]`` bool over the keys ``[B, G, S, D]``, for a layer whose kernel cannot draw the mask."""
+        where = first, rows, key.shape[2], key.device
+        if where not in self._written:
+            columns = torch.arange(first, first + rows, device=key.device)
+            self._written[where] = self.rows(columns, key.shape[2])
+        return self._written[where]
 
     def pattern(self, first: int, rows: int, key: Tensor) -> Pattern:
         """The mask over ``rows`` rows from column ``first`` on and the keys ``[B, G, S, D]``."""

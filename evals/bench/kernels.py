@@ -38,6 +38,7 @@ from vlm_attn.hallucination import Gift, Var
 from vlm_attn.kernels import (
     Edit,
     Group,
+    Pattern,
     attention_rows,
     edited_attention,
     masked_attention,
@@ -311,6 +312,7 @@ def prefill_case(
     """A prompt with ``visual`` image tokens, under several masks; four prompts packed into the same row; column sums.
 
     "ours sums" is one call for a causal forward with log weights, group masses and the column sums of the question's rows.
+    Masks are laid out beforehand, ours as FlexAttention's: a model does it once for all layers.
     """
     inputs = _tensors(1, batch, heads, length, length, dim, {"device": device, "dtype": dtype})
     query, key, value = inputs[0]
@@ -340,8 +342,9 @@ def prefill_case(
 
     def ours(name: str) -> Run:
         mask, options = means[name]
-        pick = (lambda found: found.out) if name == "sums" else (lambda found: found)
-        return lambda i: pick(masked_attention(*inputs[i], mask, group, scale=scale, **options))
+        pattern = Pattern.of(mask, group, length, length, document=options.get("document"))
+        rest = {key: value for key, value in options.items() if key != "document"}
+        return lambda i: pattern.attend(*inputs[i], scale=scale, **rest).out
 
     def eager(i: int) -> Tensor:
         """The host's eager attention under the mutual mask."""

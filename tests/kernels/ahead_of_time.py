@@ -48,7 +48,7 @@ POINTERS = {
     "last_column": "i32", "entropy": "fp32", "attention": "fp32", "column_sum": "fp32", "state": "i8", "order": "i32",
     "full": "i32", "some": "i32", "group_of_rows": "u8", "group": "u8", "image_of_rows": "i32", "image": "i32",
     "score": "fp32", "score_from": "i64", "document_of_rows": "i32", "document": "i32", "log_weight": "fp32",
-    "summed": "u8",
+    "summed": "u8", "size": "fp32",
 }  # fmt: skip
 
 
@@ -94,6 +94,9 @@ def configurations(major: int) -> Any:
         yield triton_segmented.partials_kernel, constants, options, {}, True
     blocks, options = split(tuning.row(tuning.DECODE, major, 1024))
     yield triton_segmented.partials_kernel, {**constants, "N": 5, **blocks}, options, single, None
+    blocks, options = split(tuning.row(tuning.DECODE, major, 256))
+    flags = {"CAP": True, "BLOCK_R": 16, "BLOCK_D": 128, **blocks, **unit}
+    yield triton_segmented.head_mean_kernel, flags, options, {}, True
     yield triton_segmented.masses_kernel, {"BLOCK_N": 16, "BLOCK_T": 64}, {"num_warps": 1}, {}, False
     flags = {"WEIGHT": 1, "SCALE": True, "KEEP_LSE": False, "BLOCK_M": 512, "BLOCK_D": 128, "STEP": 16}
     yield triton_segmented.combine_kernel, flags, {"num_warps": 4}, {}, False

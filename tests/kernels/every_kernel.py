@@ -29,7 +29,7 @@ def main() -> None:
         where = {"mask": mask, "scale": 0.3, "softcap": 5.0, "backend": "triton"}
         lse, out = segmented_attention(query, key, value, segments, **where)
         combine(lse, out, lse.new_zeros(()), backend="triton")
-        edits = [ScoreEdit(torch.rand(2, 70, device=device)), Edit(segments, lambda mass: 1 + mass)]
+        edits = [ScoreEdit(torch.rand(2, 70, device=device), "head_mean"), Edit(segments, lambda mass: 1 + mass)]
         edited_attention(query, key, value, edits, **where)
         last = torch.tensor([[5, 76, -1]], device=device)
         probe(query, key, segments=segments, last=last, keys=ids > 0, maps=True, **where)

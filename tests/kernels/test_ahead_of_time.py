@@ -25,7 +25,7 @@ def test_compiles(target: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    kernels = {"partials", "masses", "combine", "tiles", "prefill", "sums", "totals", "columns"}
+    kernels = {"partials", "head_mean", "masses", "combine", "tiles", "prefill", "sums", "totals", "columns"}
     assert {result["kernel"] for result in results} == {f"{name}_kernel" for name in kernels}
     for result in results:
         assert result["multiplies"] in (None, bool(result["matrix_instructions"])), result

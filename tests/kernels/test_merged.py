@@ -126,7 +126,7 @@ def test_one_pass_of_triton(data: st.DataObject) -> None:
     if not weighed or data.draw(st.booleans()):
         weight = normal(generator, batch, data.draw(st.integers(1, length))).to(DEVICE)
         start = data.draw(st.sampled_from([None, 0, 11]))
-        scores = [ScoreEdit(weight, data.draw(st.sampled_from(["magnitude", "logit"])), from_row=start)]
+        scores = [ScoreEdit(weight, data.draw(st.sampled_from(["magnitude", "logit", "head_mean"])), from_row=start)]
     one = [merged(weighed)] if weighed else []
     assert None not in one
     options = {
@@ -141,9 +141,9 @@ def test_one_pass_of_triton(data: st.DataObject) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("of", ["magnitude", "logit"])
+@pytest.mark.parametrize("of", ["magnitude", "logit", "head_mean"])
 def test_score_edit_in_double(of: Any, dtype: torch.dtype) -> None:
-    """Written out: ``softmax(s + w |s|)`` or ``softmax(s + w s)`` from a row on."""
+    """Written out: ``softmax(s + w |s|)``, ``softmax(s + w s)`` or ``softmax(s + w mean_h |s|)`` from a row on."""
     generator = torch.Generator().manual_seed(0)
     tensors, mask = inputs(generator, (6, 2), 2, 3, 50, dtype)
     weight = normal(generator, 2, 44).to(DEVICE)
@@ -153,17 +153,18 @@ def test_score_edit_in_double(of: Any, dtype: torch.dtype) -> None:
     logits = query @ key.repeat_interleave(3, 1).mT * 0.5
     w = torch.nn.functional.pad(weight.double(), (0, 6))[:, None, None].repeat(1, 1, 3, 1)
     w[:, :, 0] = 0
-    logits = (logits + w * (logits.abs() if of == "magnitude" else logits)).masked_fill(~mask, -torch.inf)
+    size = {"magnitude": logits.abs(), "logit": logits, "head_mean": logits.abs().mean(1, keepdim=True)}[of]
+    logits = (logits + w * size).masked_fill(~mask, -torch.inf)
     wanted = logits.softmax(-1).nan_to_num(0.0) @ value.repeat_interleave(3, 1)
     plain = edited_attention(*tensors, [edit], mask=mask, scale=0.5, row=47, backend="grouped")
     as_good(got, wanted, plain, dtype)
 
 
-@pytest.mark.parametrize("scores", [["head_mean"], ["logit", "magnitude"]])
-def test_score_edits_of_other_kinds_say_so(scores: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_score_edits_say_so() -> None:
     tensors, _ = inputs(torch.Generator().manual_seed(0), (2, 1), 1, 1, 5, torch.float32)
-    edits = [ScoreEdit(torch.ones(1, 5, device=DEVICE), of) for of in scores]
-    with pytest.raises(RuntimeError, match=f"score edits of {','.join(scores)}: allowed is one, of magnitude or logit"):
+    kinds: tuple[Any, ...] = ("logit", "magnitude")
+    edits = [ScoreEdit(torch.ones(1, 5, device=DEVICE), of) for of in kinds]
+    with pytest.raises(RuntimeError, match="score edits of logit,magnitude: allowed is one"):
         edited_attention(*tensors, edits, scale=1.0, backend="triton")
 
 
@@ -188,5 +189,5 @@ def test_registered() -> None:
 
     tensors, mask = inputs(torch.Generator().manual_seed(0), (4, 2), 2, 2, 30, torch.float32)
     for score in (torch.ones(1, 1, 30), torch.ones(2, 2, 30)):
-        arguments = (*tensors, torch.ones(1, 30, 1, device=DEVICE), mask, 0.5, None, score.to(DEVICE), False)
+        arguments = (*tensors, torch.ones(1, 30, 1, device=DEVICE), mask, 0.5, None, score.to(DEVICE), "logit")
         torch.library.opcheck(ops.partials, arguments, test_utils=("test_schema", "test_faketensor"))
