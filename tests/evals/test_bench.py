@@ -69,7 +69,7 @@ def test_overhead_of_decoding_methods(tmp_path):
     done = CliRunner().invoke(app, [*small, *(part for name in names for part in ("--method", name))])
     assert done.exit_code == 0, done.output
     ratios = json.loads(out.read_text())["ratios_to_plain"]
-    assert list(ratios) == ["neutral", *names]
+    assert list(ratios) == ["neutral", "capture 16", *names]
     assert set(ratios["opera"]) == {"whole"}
     assert all(set(ratios[n]) >= {"prefill", "decode", "whole"} for n in names if n != "opera")
     for wrong, says in (("mvp", "no tokenizer"), ("vdc", "did you mean 'vcd'")):
