@@ -217,12 +217,11 @@ def experiment(
     if searched_on.name == tested_on.name:
         raise ValueError(f"settings cannot be searched and tested on the same images ({tested_on.name})")
     options: dict[str, Any] = {"model_name": model_name, "batch_size": batch_size}
-    length = {"max_new_tokens": max_new_tokens}
     file = out / "settings.json"
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    tasks = [chair_task(tested_on, limit=limit, **length), pope_task(tested_on, limit=limit)]
+    tasks = [chair_task(tested_on, limit=limit, max_new_tokens=max_new_tokens), pope_task(tested_on, limit=limit)]
 
-    looked_at = chair_task(searched_on, limit=search_images, **length)
+    looked_at = chair_task(searched_on, limit=search_images, max_new_tokens=max_new_tokens)
 
     def test(spec: MethodSpec) -> None:
         for task in tasks:

@@ -125,7 +125,7 @@ def train_gates(
     generator, vocabulary = torch.Generator().manual_seed(seed), words(model, processor)
     size = (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     gates = torch.ones(size, device=model.device, requires_grad=True)
-    method = _Gated(gates=[[1.0] * size[1]] * size[0], sink=sink, recent=recent, mode="mask", trained=[gates])
+    method = _Gated(gates=((1.0,) * size[1],) * size[0], sink=sink, recent=recent, mode="mask", trained=[gates])
     optimiser = torch.optim.AdamW([gates], lr=RATE, weight_decay=0.0)
     frozen = [p for p in model.parameters() if p.requires_grad]
     distances: list[float] = []
@@ -209,7 +209,7 @@ def copy_scores(model: Any, processor: Any, *, length: int | None = None, seed: 
     drawn = vocabulary[torch.randint(len(vocabulary), (length,), generator=torch.Generator().manual_seed(seed))]
     ids = drawn.repeat(COPIES)[None].to(model.device)
     size = (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    probe = _Probe(gates=[[1.0] * size[1]] * size[0], mode="mask", period=length)
+    probe = _Probe(gates=((1.0,) * size[1],) * size[0], mode="mask", period=length)
     with patched(model, probe), torch.no_grad():
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     none = torch.zeros(2, text.num_attention_heads)

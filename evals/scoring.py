@@ -179,7 +179,7 @@ def score_amber(
         raise ValueError(f"{answers}: none of its {len(records)} answers is to a query of {loaded.name}")
     counts = {
         "skipped": len(given) - len(samples),
-        "empty": sum(not sample["answer"].strip() for sample in samples),
+        "empty": sum(not str(sample["answer"]).strip() for sample in samples),
     }
     metrics = amber.summarise(samples)
     return _results("amber", answers, loaded.name, samples, metrics, counts, {"similarity": similarity}, parser)

@@ -72,7 +72,7 @@ class MethodSpec:
             methods = engine_of(model).methods
         described = []
         for method in methods:
-            entry = {"name": method.name, "params": _plain(method)}
+            entry: dict[str, Any] = {"name": method.name, "params": _plain(method)}
             # Of the preset's constants as they are; with parameters given by hand nothing is known.
             if not self.params.get(method.name):
                 tried = presets.searched(method.name, model.config, self.preset)
