@@ -292,7 +292,8 @@ def _varlen(inputs: list[QKV], scale: float, causal: bool, lengths: list[int]) -
         options["enable_gqa"] = True
 
     def run(i: int) -> Tensor:
-        out = varlen_attn(*given[i], *ends, max(rows), max(lengths), **options)
+        (q, k, v), (q_ends, k_ends) = given[i], ends
+        out: Any = varlen_attn(q, k, v, q_ends, k_ends, max(rows), max(lengths), **options)
         return out.unflatten(0, (len(query), -1)).transpose(1, 2)
 
     return run
