@@ -17,7 +17,7 @@ import vlm_attn
 from tests import tiny
 from tests.helpers import ACTIVE, close, differ, generate, logits, same
 from tests.kernels.running import DEVICE, why_not
-from vlm_attn import Method, engine, host, registry
+from vlm_attn import Method, engine, registry
 from vlm_attn.kernels import Edit, dispatch, merged, one_hot_segments, prefer
 
 PROMPTS = [[3, "image", 7], [1, "image", 4]]
@@ -117,24 +117,6 @@ def test_edits_on_top_of_a_drawn_mask(ran: Counter[str]) -> None:
             got = logits(model, x)
     close(got[kept], wanted[kept])
     assert set(ran) == {"masked_attention", "attention_rows", "edited_attention"}
-
-
-@pytest.mark.filterwarnings("ignore:.*this mask belongs to models:UserWarning")
-def test_the_kernel_draws_the_mask_of_a_second_prompt(ran: Counter[str]) -> None:
-    """Rows that begin behind what a cache holds."""
-    model, inputs = tiny.llava()
-    one, two = inputs([[3, "image", 7]]), inputs([[3, "image", 7, "image", 4]])
-    length = one["input_ids"].shape[1]
-    found = []
-    with vlm_attn.patched(model, "mma"), torch.no_grad():
-        for backend in ("grouped", "triton"):
-            with prefer(backend):
-                cache = host.cache_of(model(**one, use_cache=True))
-                rest = {"input_ids": two["input_ids"][:, length:], "pixel_values": two["pixel_values"][-1:]}
-                rest["attention_mask"] = torch.ones(1, two["input_ids"].shape[1], dtype=torch.long)
-                found.append(model(**rest, **{host.CACHE: cache}).logits)
-    close(*found)
-    assert ran["masked_attention"] == 8
 
 
 def test_edits_of_prompt_rows_are_one(ran: Counter[str]) -> None:
