@@ -1,1 +1,1 @@
-"""Benchmarks: COCO data, CHAIR, POPE, the scenes world, the runner and its reports."""
+"""Evaluation: POPE, CHAIR, AMBER and others, COCO data, the scenes world, runner, reports, calibration, benchmarks."""

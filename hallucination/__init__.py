@@ -1,4 +1,4 @@
-"""Methods that re-weight attention or contrast logits, one file each."""
+"""Methods that edit attention, set the prompt's mask, or act on the next token, one file each."""
 
 from vlm_attn.hallucination.agla import Agla
 from vlm_attn.hallucination.dola import Dola

@@ -1,1 +1,1 @@
-"""Benchmarks of speed, each behind ``vlm-attn bench``. Ratios measured side by side in one run, never absolute times."""
+"""Benchmarks, each behind ``vlm-attn bench``. Speeds are ratios measured side by side in one run, never absolute times."""

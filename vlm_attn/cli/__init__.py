@@ -1,4 +1,4 @@
-"""The command line: ``vlm-attn methods | caption | demo | eval | report | score | experiment | calibrate | mask ...``.
+"""The command line: ``vlm-attn eval | report | score | experiment | calibrate | caption | demo | methods | bench ...``.
 
 This package imports only typer when it is loaded, so that help is quick; torch, the evaluations and everything
 above it are imported by name when a command runs.

@@ -9,13 +9,13 @@ import typer
 
 from vlm_attn.cli.common import app, evals_module, help_without_command
 
-bench_app = typer.Typer(help="Measure speed.")
+bench_app = typer.Typer(help="Measure speed side by side with the plain model, in one run.")
 app.add_typer(bench_app, name="bench")
 
 
 @bench_app.callback(invoke_without_command=True)
 def _bench(context: typer.Context) -> None:
-    """Measure speed."""
+    """Measure speed side by side with the plain model, in one run."""
     help_without_command(context)
 
 
@@ -39,7 +39,7 @@ _OWN_OPTIONS: dict[str, Any] = {
 
 @bench_app.command("overhead", **_OWN_OPTIONS)
 def bench_overhead(context: typer.Context) -> None:
-    """What an edit costs: patched models against the plain one, in one run.
+    """What a method costs: patched models against the plain one.
 
     Example: [b]vlm-attn bench overhead --help[/b]
     """
@@ -48,7 +48,7 @@ def bench_overhead(context: typer.Context) -> None:
 
 @bench_app.command("kernels", **_OWN_OPTIONS)
 def bench_kernels(context: typer.Context) -> None:
-    """Edited decoding and masked prefill, kernel by kernel, against SDPA and others, in one run.
+    """Edited decoding and masked prefill, kernel by kernel, against SDPA and others.
 
     Example: [b]vlm-attn bench kernels --help[/b]
     """
@@ -57,7 +57,7 @@ def bench_kernels(context: typer.Context) -> None:
 
 @bench_app.command("tokens", **_OWN_OPTIONS)
 def bench_tokens(context: typer.Context) -> None:
-    """What keeping fewer visual tokens buys: reducers against the plain model, in one run.
+    """What keeping fewer visual tokens, or fewer keys per head, buys: against the plain model.
 
     Example: [b]vlm-attn bench tokens --help[/b]
     """
@@ -66,7 +66,7 @@ def bench_tokens(context: typer.Context) -> None:
 
 @bench_app.command("diffusion", **_OWN_OPTIONS)
 def bench_diffusion(context: typer.Context) -> None:
-    """What caches, parallel decoding and pruning do for masked-diffusion models, in one run.
+    """What caches, parallel decoding and pruning do for masked-diffusion models: speed and quality.
 
     Example: [b]vlm-attn bench diffusion --help[/b]
     """

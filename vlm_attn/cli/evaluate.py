@@ -492,7 +492,8 @@ def calibrate(
         typer.Option(
             "--method",
             "-m",
-            help="Whose constants to measure: gift, var, vhr, pai, paint, duo, razor. [default: gift and var]",
+            help="Whose constants to measure: gift, var, vhr, pai, paint, duo, razor. Repeats.",
+            show_default="gift and var",
         ),
     ] = None,
     data: Annotated[str, typer.Option(help="scenes, or a COCO folder.")] = "scenes",

@@ -28,7 +28,9 @@ def experiment(
     model: Model = "scenes",
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="Runs, as in GRIDS of evals/experiment.py. Repeats. [default: all]"),
+        typer.Option(
+            "--method", "-m", help="Only these runs, such as gift or pai+guidance. Repeats.", show_default="all"
+        ),
     ] = None,
     data: Annotated[str, typer.Option(help="[b]scenes[/b], or a COCO folder.")] = "scenes",
     search_split: Annotated[str, typer.Option(help="Where settings are chosen.")] = "validation",
