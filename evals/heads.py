@@ -62,7 +62,7 @@ class _Gated(Duo):
         return False
 
     def sees(self, call: Call, view: View) -> Seen:
-        gate = view.shared.own(self.trained[0][view.layer], 0)
+        gate = view.heads.own(self.trained[0][view.layer], 0)
         visible = streams(view, first_columns(call, self, view.key.device), self.sink, self.recent)
         return Seen(visible, plain=gate.repeat_interleave(view.group).to(view.query))
 
@@ -187,7 +187,7 @@ class _Probe(Duo):
                     column = part - times * self.period
                     value = paid.gather(2, (column + shift).clamp_min(0)[None, :, None].expand(len(paid), -1, 1))
                     sums[shift] += (value[..., 0] * (column >= 0)).sum(-1)
-        self.found[view.layer] = view.shared.all(sums / (total - self.period))
+        self.found[view.layer] = view.heads.all(sums / (total - self.period))
 
 
 def copy_scores(model: Any, processor: Any, *, length: int | None = None, seed: int = 0) -> dict[str, Any]:

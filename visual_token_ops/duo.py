@@ -94,7 +94,7 @@ class Duo(HeadMethod):
         if full is None:
             return None
         visible = streams(view, first_columns(call, self, view.key.device), self.sink, self.recent)
-        full = view.shared.own(full.to(view.key.device), 0)
+        full = view.heads.own(full.to(view.key.device), 0)
         return Seen(visible | full.repeat_interleave(view.group)[:, None, None])
 
     def held(self, call: Call, layer: int) -> Held | None:

@@ -129,7 +129,7 @@ class Razor(HeadMethod):
         if full is None:
             return None
         device = view.key.device
-        full = view.shared.own(full.to(device), 0).repeat_interleave(view.group)[:, None, None]
+        full = view.heads.own(full.to(device), 0).repeat_interleave(view.group)[:, None, None]
         near = streams(view, first_columns(call, self, device), self.sink, self.window(call).to(device))
         if not self.compensate:
             return Seen(near | full)

@@ -75,20 +75,15 @@ def vlm_attention(
         NotImplementedError: paged caches (continuous batching), learned sinks, position biases, dropout.
     """
     tag: Tag | None = getattr(module, TAG, None)
-
-    drawn: Tensor | None = None
+    call = tag.engine.call if tag is not None else None
+    options = {"scaling": scaling, "dropout": dropout, **kwargs}
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def plain() -> tuple[Tensor, Tensor | None]:
-        if drawn is not None:
-            return drawn, None
         base = host.base_attention(module, tag.base if tag is not None else _base_of(module))
-        return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return base(module, query, key, value, attention_mask, **options)
 
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = tag.engine.call if tag is not None else None
-    if tag is not None and tag.canvas and call is None:
-        return plain()
-    if tag is not None and tag.engine.tap is not None:
+    if tag is not None and tag.engine.tap is not None and not (tag.canvas and call is None):
         return _tapped(tag, tag.engine.tap, plain, query, key, attention_mask, scale, kwargs.get("softcap"))
     if tag is None or call is None or call.mode == "other":
         return plain()
@@ -97,89 +92,174 @@ def vlm_attention(
             raise NotImplementedError(f"vlm_attn cannot edit attention with {what} ({name}=)")
     if dropout:
         raise NotImplementedError("vlm_attn edits attention at inference only: call model.eval()")
-    softcap = kwargs.get("softcap")
-    shared: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    chooser = tag.engine.chooser(call)
-    if call.mask is not None:
-        drawn = _drawn(call, query, key, value, **shared) if chooser is None else None
-        if drawn is None:
-            attention_mask = host.mask_like(call.mask.written(int(call.past), query.shape[2], key), tag.base, query)
+    layer = _Layer(tag, call, module, query, key, value, attention_mask, scale, kwargs.get("softcap"), options)
+    layer.draw_mask()
+    layer.choose()
+    return (layer.edited(), None) if call.mode == "edited" else layer.prompt()
 
-    whole = share = None
-    if chooser is not None and getattr(module, "sliding_window", None) is None:
-        view = view_of(call, tag.layer, query, key, value, attention_mask, **shared, shared=tag.heads)
-        if call.mode == "edited" or chooser.edited_rows == "text":
-            chosen = choose_keys(chooser, call, view, attention_mask, tag.base)
+
+@dataclass
+class _Layer:
+    """The attention of one layer in a forward of a call: what the host asks for, and what the methods make of it.
+
+    Attributes:
+        mask: the host's, or what methods put in its place.
+        options: the host's other arguments.
+        drawn: ``[B, Q, H, D]`` the plain attention, where the kernel has drawn the mask; ``mask`` then only stands in for it.
+        whole: ``[B, Q, H, D]`` the attention before keys were chosen, where a method takes part of it.
+        share: ``[H]`` how much of that goes into every head's output.
+    """
+
+    tag: Tag
+    call: Call
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    softcap: float | None
+    options: dict[str, Any]
+    drawn: Tensor | None = None
+    whole: Tensor | None = None
+    share: Tensor | None = None
+
+    def plain(self) -> tuple[Tensor, Tensor | None]:
+        """What the model had, over the keys and the mask as they are now."""
+        if self.drawn is not None:
+            return self.drawn, None
+        base = host.base_attention(self.module, self.tag.base)
+        return base(self.module, self.query, self.key, self.value, self.mask, **self.options)
+
+    def draw_mask(self) -> None:
+        """Let the kernel draw a method's mask of the prompt; where it cannot, write it."""
+        prompt = self.call.mask
+        if prompt is None:
+            return
+        first, rows = int(self.call.past), self.query.shape[2]
+        # A method that chooses keys goes on from a written mask.
+        fits = self.call.mode == "prompt" and self.value.shape == self.key.shape
+        if fits and self.tag.engine.chooser(self.call) is None:
+            pattern = prompt.pattern(first, rows, self.key)
+            if pattern.backend(self.query, self.key, self.value, softcap=self.softcap).name == "triton":
+                found = pattern.attend(self.query, self.key, self.value, scale=self.scale, softcap=self.softcap)
+                self.drawn = found.out.transpose(1, 2)
+                return
+        self.mask = host.mask_like(prompt.written(first, rows, self.key), self.tag.base, self.query)
+
+    def choose(self) -> None:
+        """Let the method that chooses keys say what every head sees."""
+        chooser = self.tag.engine.chooser(self.call)
+        if chooser is None or getattr(self.module, "sliding_window", None) is not None:
+            return
+        view = view_of(
+            self.call,
+            self.tag.layer,
+            self.query,
+            self.key,
+            self.value,
+            self.mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            heads=self.tag.heads,
+        )
+        if self.call.mode == "edited" or chooser.edited_rows == "text":
+            chosen = choose_keys(chooser, self.call, view, self.mask, self.tag.base)
             if chosen is not None:
-                whole = plain()[0] if chosen[3] is not None else None
-                attention_mask, key, value, share = chosen
-        elif call.ahead is None:
-            chooser.read(call, view)
+                self.whole = self.plain()[0] if chosen[3] is not None else None
+                self.mask, self.key, self.value, self.share = chosen
+        elif self.call.ahead is None:
+            chooser.read(self.call, view)
 
-    def scaled(out: Tensor) -> Tensor:
-        if whole is not None and share is not None:
-            out = out + share[:, None] * (whole - out)
-        factor = tag.engine.head_scale(call, tag.layer)
-        return out if factor is None else scale_heads(out, tag.heads.own(factor))
-
-    if call.mode == "edited":
-        edits = tag.engine.edits(call, tag.layer, query.device)
-        if not edits and tag.engine.watch is None:
-            return scaled(plain()[0]), None
-        mask = attention_mask
-        if mask is None and query.shape[2] > 1 and not tag.canvas:
-            mask = _causal(call, key, torch.arange(query.shape[2], device=query.device)[None])
-        offset = _offset(module, call, key)
+    def edited(self) -> Tensor:
+        """``[B, Q, H, D]`` with every row edited."""
+        tag, call = self.tag, self.call
+        edits, watch = tag.engine.edits(call, tag.layer, self.query.device), tag.engine.watch
+        if not edits and watch is None:
+            return self.scaled(self.plain()[0])
+        mask, rows = self.mask, self.query.shape[2]
+        if mask is None and rows > 1 and not tag.canvas:
+            mask = _causal(call, self.key, torch.arange(rows, device=self.query.device)[None])
+        offset = _offset(self.module, call, self.key)
 
         def attend(value: Tensor) -> Tensor:
-            return edited_attention(query, key, value, edits, mask=mask, offset=offset, row=call.past, **shared)
-
-        if tag.engine.watch is not None:
-            tag.engine.watch(tag.layer, lambda value: tag.heads.all(attend(value)), value, offset)
-            if not edits:
-                return scaled(plain()[0]), None
-        out = attend(value)
-        if call.open is not None:  # of a canvas, what is written already is left alone
-            front = query.shape[2] - call.open.shape[1]
-            edited = nn.functional.pad(call.open, (front, 0), value=True)[:, None, :, None]
-            out = out.where(edited, plain()[0].transpose(1, 2))
-        return scaled(out.transpose(1, 2).contiguous()), None
-
-    out, weights = plain() if call.ahead is None else (query.transpose(1, 2), None)
-    for method in tag.engine.readers(tag.layer):
-        rows, valid = (part.to(query.device) for part in call.find_rows(method.read_rows(call)))
-        if valid.any():
-            attention = tag.heads.all(
-                attention_rows(_take(query, rows), key, mask=_rows_mask(call, attention_mask, key, rows), **shared)
-            )
-            call.store_rows(method, tag.layer, attention, valid, int(_offset(module, call, key)))
-    edits = tag.engine.edits(call, tag.layer, query.device) if call.ahead is None else []
-    if edits:
-        for rows, valid in _text_rows(call, query.device):
-            edited = edited_attention(
-                _take(query, rows),
-                key,
+            return edited_attention(
+                self.query,
+                self.key,
                 value,
                 edits,
-                mask=_rows_mask(call, attention_mask, key, rows),
-                offset=int(_offset(module, call, key)),
-                **shared,
+                mask=mask,
+                scale=self.scale,
+                softcap=self.softcap,
+                offset=offset,
+                row=call.past,
+            )
+
+        if watch is not None:
+            watch(tag.layer, lambda value: tag.heads.all(attend(value)), self.value, offset)
+            if not edits:
+                return self.scaled(self.plain()[0])
+        out = attend(self.value)
+        if call.open is not None:  # of a canvas, what is written already is left alone
+            front = rows - call.open.shape[1]
+            wanted = nn.functional.pad(call.open, (front, 0), value=True)[:, None, :, None]
+            out = out.where(wanted, self.plain()[0].transpose(1, 2))
+        return self.scaled(out.transpose(1, 2).contiguous())
+
+    def prompt(self) -> tuple[Tensor, Tensor | None]:
+        """``[B, Q, H, D]`` of prompt rows, those of the text edited where a method wants it, and the host's maps."""
+        if self.call.ahead is not None:  # only its attention is wanted
+            self.read()
+            return self.scaled(self.query.transpose(1, 2)), None
+        out, weights = self.plain()
+        self.read()
+        return self.scaled(self.edit_text(out)), weights
+
+    def read(self) -> None:
+        """Keep the attention rows that methods read of this layer."""
+        tag, call = self.tag, self.call
+        for method in tag.engine.readers(tag.layer):
+            rows, valid = (part.to(self.query.device) for part in call.find_rows(method.read_rows(call)))
+            if valid.any():
+                attention = attention_rows(
+                    _take(self.query, rows), self.key, mask=self.rows_mask(rows), scale=self.scale, softcap=self.softcap
+                )
+                offset = int(_offset(self.module, call, self.key))
+                call.store_rows(method, tag.layer, tag.heads.all(attention), valid, offset)
+
+    def edit_text(self, out: Tensor) -> Tensor:
+        """``[B, Q, H, D]`` with the text rows edited, a bounded number at a time."""
+        edits = self.tag.engine.edits(self.call, self.tag.layer, self.query.device)
+        for rows, valid in _text_rows(self.call, self.query.device) if edits else ():
+            edited = edited_attention(
+                _take(self.query, rows),
+                self.key,
+                self.value,
+                edits,
+                mask=self.rows_mask(rows),
+                scale=self.scale,
+                softcap=self.softcap,
+                offset=int(_offset(self.module, self.call, self.key)),
             ).transpose(1, 2)
             index = rows[:, :, None, None].expand_as(edited)
             out = out.scatter(1, index, torch.where(valid[:, :, None, None], edited, out.gather(1, index)))
-    return scaled(out), weights
+        return out
 
+    def rows_mask(self, rows: Tensor) -> Tensor:
+        """The mask of single rows ``[B, R]`` of this forward."""
+        if self.drawn is not None and self.call.mask is not None:
+            return self.call.mask.rows(rows + self.call.past, self.key.shape[2])
+        if self.mask is None:
+            return _causal(self.call, self.key, rows)
+        mask = self.mask[..., : self.key.shape[2]].expand(rows.shape[0], -1, -1, -1)
+        return mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
 
-def _drawn(
-    call: Call, query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float | None
-) -> Tensor | None:
-    """``[B, Q, H, D]``: prompt rows under a mask that the kernel draws; None where it cannot, and the mask must be written."""
-    if call.mask is None or call.mode != "prompt" or value.shape != key.shape:
-        return None
-    pattern = call.mask.pattern(int(call.past), query.shape[2], key)
-    if pattern.backend(query, key, value, softcap=softcap).name != "triton":
-        return None
-    return pattern.attend(query, key, value, scale=scale, softcap=softcap).out.transpose(1, 2)
+    def scaled(self, out: Tensor) -> Tensor:
+        """An output with the share of the plain one that a method asks for, every head as loud as the methods want it."""
+        if self.whole is not None and self.share is not None:
+            out = out + self.share[:, None] * (self.whole - out)
+        factor = self.tag.engine.head_scale(self.call, self.tag.layer)
+        return out if factor is None else scale_heads(out, self.tag.heads.own(factor))
 
 
 def scale_heads(out: Tensor, factor: Tensor) -> Tensor:
@@ -214,7 +294,7 @@ def _tapped(
 
 def _base_of(module: nn.Module) -> str:
     """The format an untagged module's config names (a module that was moved in from elsewhere)."""
-    name = getattr(getattr(module, "config", None), "_attn_implementation", host.NAMES["sdpa"])
+    name = host.implementation(getattr(module, "config", None))
     return next((base for base, ours in host.NAMES.items() if ours == name), "sdpa")
 
 
@@ -243,16 +323,6 @@ def _causal(call: Call, key: Tensor, rows: Tensor) -> Tensor:
     offset = max(0, int(total) - key.shape[2]) if not isinstance(total, Tensor) else (total - key.shape[2]).clamp_min(0)
     columns = torch.arange(key.shape[2], device=key.device) + offset
     return (columns <= rows[..., None] + call.past)[:, None]
-
-
-def _rows_mask(call: Call, mask: Tensor | None, key: Tensor, rows: Tensor) -> Tensor:
-    """The mask of single rows ``[B, R]`` of this forward."""
-    if call.mask is not None:
-        return call.mask.rows(rows + call.past, key.shape[2])
-    if mask is None:
-        return _causal(call, key, rows)
-    mask = mask[..., : key.shape[2]].expand(rows.shape[0], -1, -1, -1)
-    return mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
 
 
 def _text_rows(call: Call, device: torch.device) -> list[tuple[Tensor, Tensor]]:

@@ -42,7 +42,7 @@ class View:
         scale: factor on the dot products.
         softcap: ``cap * tanh(logits / cap)`` before the mask, if given.
         counts: ``[B, S]`` how many columns a key stands for, None = every key for its own.
-        shared: which heads of the layer run in this process.
+        heads: which heads of the layer run in this process.
     """
 
     layer: int
@@ -55,7 +55,7 @@ class View:
     scale: float
     softcap: float | None = None
     counts: Tensor | None = None
-    shared: Heads = field(default_factory=Heads)
+    heads: Heads = field(default_factory=Heads)
 
     @property
     def group(self) -> int:
@@ -212,7 +212,7 @@ def view_of(
     mask: Tensor | None,
     scale: float,
     softcap: float | None,
-    shared: Heads,
+    heads: Heads,
 ) -> View:
     """What a method is shown of a layer."""
     state, device = call.reduction, query.device
@@ -233,7 +233,7 @@ def view_of(
     else:
         mask = mask[..., : key.shape[2]]
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return View(layer, query, key, value, rows, columns, allowed, scale, softcap, counts, shared)
+    return View(layer, query, key, value, rows, columns, allowed, scale, softcap, counts, heads)
 
 
 def let_go(engine: Engine, method: HeadMethod, call: Call, cache: Any) -> None:

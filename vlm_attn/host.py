@@ -63,6 +63,11 @@ def warn_if_untested() -> None:
         )
 
 
+def implementation(config: Any) -> str | None:
+    """The attention implementation that a config names; None if it names none."""
+    return getattr(config, "_attn_implementation", None)
+
+
 def check_editable(model: Any, text_config: Any) -> str:
     """The attention implementation of the text model, if it can be edited.
 
@@ -78,7 +83,7 @@ def check_editable(model: Any, text_config: Any) -> str:
                     "so it cannot be edited"
                 )
             break
-    base = text_config._attn_implementation
+    base = implementation(text_config)
     if base not in NAMES:
         raise NotImplementedError(
             f"attention implementation {base!r} cannot be edited. "
@@ -98,9 +103,10 @@ def check_bias(vision_config: Any, method: str) -> None:
     Raises:
         NotImplementedError: flash and flex implementations.
     """
-    if vision_config._attn_implementation not in NAMES:
+    base = implementation(vision_config)
+    if base not in NAMES:
         raise NotImplementedError(
-            f"{method} weighs keys of the vision tower, which attention implementation {vision_config._attn_implementation!r} "
+            f"{method} weighs keys of the vision tower, which attention implementation {base!r} "
             'cannot: load the model with attn_implementation="sdpa" (or "eager") and patch again'
         )
 

@@ -119,6 +119,21 @@ def test_edits_on_top_of_a_drawn_mask(ran: Counter[str]) -> None:
     assert set(ran) == {"masked_attention", "attention_rows", "edited_attention"}
 
 
+@pytest.mark.filterwarnings("ignore:.*this mask belongs to models:UserWarning")
+def test_edits_beside_chosen_keys_under_a_mask() -> None:
+    """Where keys are chosen the mask is written, and the edited text rows see what is left of it."""
+    model, x = built()
+    duo = registry.build("duo", gates=[[0.0, 1.0]] * model.config.text_config.num_hidden_layers, sink=1, recent=2)
+    plain = logits(model, x)
+    with vlm_attn.patched(model, ["mma", duo, Halved()]):
+        wanted = logits(model, x)
+        with prefer("triton"):
+            got = logits(model, x)
+    shown = x["attention_mask"].bool()
+    close(got[shown], wanted[shown])
+    differ(wanted[shown], plain[shown])
+
+
 def test_edits_of_prompt_rows_are_one(ran: Counter[str]) -> None:
     """Two methods that edit all text rows: one pass of the kernel for both, where they would be two for PyTorch."""
     model, inputs = tiny.llava()

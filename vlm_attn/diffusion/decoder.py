@@ -372,7 +372,7 @@ def _check_numbers(s: Settings) -> None:
 def _check_model(model: Any, text: Any, s: Settings) -> None:
     engine = engine_of(model) if is_patched(model) else None
     kind = model.config.model_type
-    base = engine.base if engine is not None else text._attn_implementation
+    base = engine.base if engine is not None else host.implementation(text)
     if base not in host.NAMES:
         raise NotImplementedError(
             f'attention implementation {base!r} takes no mask: load the model with attn_implementation="sdpa"'

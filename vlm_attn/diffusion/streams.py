@@ -63,7 +63,7 @@ class Stream:
         self.text_model: Any
         self.layers: Any
         self.text_model, self.layers, _ = find_decoder(model, config)
-        self.base = engine.base if engine is not None else config._attn_implementation
+        self.base = engine.base if engine is not None else host.implementation(config)
         ids = inputs["input_ids"]
         self.start, self.total = ids.shape[1], ids.shape[1] + settings.gen_length
         shown = inputs.get("attention_mask")
