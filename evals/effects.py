@@ -79,16 +79,17 @@ def _amber(records: Sequence[Record]) -> dict[str, Figure]:
 FIGURES: dict[str, Callable[[Sequence[Record]], dict[str, Figure]]] = {"chair": _chair, "pope": _pope, "amber": _amber}
 
 
-def read_runs(folder: str | Path, methods: Sequence[str] | None = None) -> list[Run]:
+def read_runs(folder: str | Path, methods: Sequence[str] | None = None, *, baseline: str | None = None) -> list[Run]:
     """The results folders in a folder, itself included, in the order of their names.
 
     Args:
         folder: any folder.
         methods: labels to keep; None: all.
+        baseline: what the others are compared with: kept as well, and only the plain model may be missing.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a ``results.json`` that is not of this package.
+        ValueError: a ``results.json`` that is not of this package, a label that no run has.
     """
     root = Path(folder)
     searched = root / "search"  # of an experiment: settings that were tried, no results of it
@@ -111,12 +112,13 @@ def read_runs(folder: str | Path, methods: Sequence[str] | None = None) -> list[
             if not record.get("skipped"):
                 records[record["method"]].append(record)
         runs.append(Run(file.parent, results, records))
+    labels = list(dict.fromkeys(label for run in runs for label in run.records))
+    for label in (*(methods or ()), *([baseline] if baseline not in (None, BASELINE) else [])):
+        if label not in labels:
+            raise unknown("method", label, labels)
     if methods is not None:
-        labels = list(dict.fromkeys(label for run in runs for label in run.records))
-        for label in methods:
-            if label not in labels:
-                raise unknown("method", label, labels)
-        runs = [replace(r, records={k: v for k, v in r.records.items() if k in methods}) for r in runs]
+        wanted = {*methods, baseline}
+        runs = [replace(r, records={k: v for k, v in r.records.items() if k in wanted}) for r in runs]
     return runs
 
 

@@ -160,6 +160,11 @@ def test_what_an_experiment_says_is_read(run: Path) -> None:
 def test_names_that_are_not_there(run: Path) -> None:
     with pytest.raises(ValueError, match="unknown method 'gft'; did you mean 'gift'"):
         effects.read_runs(run, ["gft"])
+    with pytest.raises(ValueError, match="unknown method 'basline'; did you mean 'baseline'"):
+        effects.read_runs(run, baseline="basline")
+    alone = write_run(run.parent / "alone", {"gift": BETTER, "var": BASE})
+    for folder, kept in ((run, ["baseline", "gift"]), (alone, ["gift"])):  # the plain model may be missing
+        assert [list(r.records) for r in effects.read_runs(folder, ["gift"], baseline="baseline")] == [kept]
     runs = effects.read_runs(run)
     assert effects.read_counts(["gift=12"], runs) == {"gift": 12}
     for text, message in (("gift", "METHOD=NUMBER"), ("gift=x", "METHOD=NUMBER"), ("gft=1", "did you mean 'gift'")):

@@ -1,4 +1,4 @@
-"""What the commands share: the app with its one-line errors, their common options, and late imports."""
+"""What the commands share: the app with its one-line errors, what is shown while they run, and late imports."""
 
 from __future__ import annotations
 
@@ -90,62 +90,6 @@ def help_without_command(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help="[b]scenes[/b] (the small bundled model, no download), [b]scenes-diffusion[/b], a folder, or a hub id such as "
-        "llava-hf/llava-1.5-7b-hf.",
-    ),
-]
-Method = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method",
-        help="A run: a method's name, [b]baseline[/b] for the plain model, or [b]var+gift[/b] for two "
-        "together. Repeat it to compare.",
-    ),
-]
-Param = Annotated[
-    list[str] | None,
-    typer.Option("--param", help="Set a method's parameter, for example [b]gift.alpha=4[/b]. Repeats."),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help="Constants of the methods for this model: a bundled preset's name, or a JSON file.",
-        show_default="the one that fits the model",
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its code.")]
-_DENOISING: dict[str, Any] = {"rich_help_panel": "Masked-diffusion models"}
-Prune = Annotated[
-    str | None, typer.Option(help="Beside every run: a method that keeps fewer visual tokens, for example divprune.")
-]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default="half the length", **_DENOISING)]
-GenLength = Annotated[int | None, typer.Option(help="Positions of the answer.", show_default="32", **_DENOISING)]
-BlockLength = Annotated[
-    int | None, typer.Option(help="Positions that are filled together.", show_default="all", **_DENOISING)
-]
-Cache = Annotated[
-    str | None, typer.Option(help="none, prefix, block, dual or delayed.", show_default="prefix", **_DENOISING)
-]
-Threshold = Annotated[float | None, typer.Option(help="Write all positions of this probability at once.", **_DENOISING)]
-Remasking = Annotated[
-    str | None,
-    typer.Option(help="low_confidence, random, entropy or margin.", show_default="low_confidence", **_DENOISING),
-]
-Schedule = Annotated[
-    str | None, typer.Option(help="linear, dream, or a shift such as 0.33.", show_default="linear", **_DENOISING)
-]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="what the task needs")
-]
-
-
 def quiet_warnings() -> None:
     """Show warnings as one line each."""
     import warnings
@@ -163,6 +107,20 @@ def quiet_libraries() -> None:
     quiet_warnings()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def progress_of(console: Any) -> Any:
+    """A progress bar with counts and times, gone when it ends."""
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    return progress.Progress(*columns, console=console, transient=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,28 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from vlm_attn.cli import options as opt
 from vlm_attn.cli.common import (
-    BlockLength,
-    Cache,
-    Device,
-    Dtype,
-    GenLength,
-    MaxNewTokens,
-    Method,
-    Model,
-    Param,
-    Preset,
-    Prune,
-    Remasking,
-    Schedule,
-    Steps,
-    Threshold,
-    TrustRemoteCode,
     app,
     console_of,
     denoising,
     evals_module,
     help_without_command,
+    progress_of,
     quiet_libraries,
     quiet_warnings,
     usual,
@@ -58,10 +44,10 @@ def dataset_of(data: str, split: str | None) -> Any:
 @app.command("eval")
 def evaluate(
     evals: Annotated[list[EvalName], typer.Argument(help="What to measure.", metavar="pope|chair|amber...")],
-    model: Model = "scenes",
-    method: Method = None,
-    param: Param = None,
-    preset: Preset = None,
+    model: opt.Model = "scenes",
+    method: opt.Method = None,
+    param: opt.Param = None,
+    preset: opt.Preset = None,
     data: Annotated[
         str,
         typer.Option(help="[b]scenes[/b], a folder with COCO annotations and images, or AMBER's data folder."),
@@ -95,7 +81,7 @@ def evaluate(
             help="Official POPE questions in place of built ones; --data may then be pictures alone. Repeats."
         ),
     ] = None,
-    parser: Annotated[str, typer.Option(help="Yes/no answers: official, opera, vcd or strict.")] = "official",
+    parser: opt.Parser = "official",
     variant: Annotated[
         str | None,
         typer.Option(
@@ -108,22 +94,19 @@ def evaluate(
         str | None,
         typer.Option(help="What to ask; for POPE and AMBER with {question} in it.", show_default="the protocol's"),
     ] = None,
-    max_new_tokens: MaxNewTokens = None,
-    prune: Prune = None,
-    steps: Steps = None,
-    gen_length: GenLength = None,
-    block_length: BlockLength = None,
-    cache: Cache = None,
-    threshold: Threshold = None,
-    remasking: Remasking = None,
-    schedule: Schedule = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
+    max_new_tokens: opt.MaxNewTokens = None,
+    prune: opt.Prune = None,
+    steps: opt.Steps = None,
+    gen_length: opt.GenLength = None,
+    block_length: opt.BlockLength = None,
+    cache: opt.Cache = None,
+    threshold: opt.Threshold = None,
+    remasking: opt.Remasking = None,
+    schedule: opt.Schedule = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    json_file: opt.Json = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Measure hallucination, by default of the plain model, gift and var side by side.
 
@@ -212,16 +195,7 @@ def evaluate(
 
 
 def _run_with_progress(console: Any, task: Any, specs: Sequence[Any], *args: Any, **options: Any) -> Any:
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, transient=True) as bar:
+    with progress_of(console) as bar:
         rows = {
             spec.label: bar.add_task(f"{task.name} {spec.label}", total=len(task.samples), start=False)
             for spec in specs
@@ -235,7 +209,6 @@ def _run_with_progress(console: Any, task: Any, specs: Sequence[Any], *args: Any
 
 
 def _print_results(console: Any, results: dict[str, Any], folder: Path | None) -> None:
-    skipped = results["config"].get("questions_skipped", 0)
     if results["metrics"]:
         console.print(evals_module("report").results_table(results))
     if results["counts"]["empty"]:
@@ -246,7 +219,7 @@ def _print_results(console: Any, results: dict[str, Any], folder: Path | None) -
             f"{results['counts']['skipped']} samples were skipped, as {len(results['skipped_images'])} pictures cannot be read "
             f"(first: image {image}, {reason}); all are in results.json."
         )
-    if skipped:
+    if skipped := results["config"].get("questions_skipped"):
         console.print(f"{skipped} questions about images that are not in the data were left out.")
     if "note" in results:
         console.print(results["note"])
@@ -275,15 +248,13 @@ def report(
     data: Annotated[
         Path | None, typer.Option(help="COCO folder of the runs, for pictures and boxes; scenes need none.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="val2014, val2017 ...", show_default="the first found")] = None,
+    split: opt.Part = None,
     worst: Annotated[int, typer.Option(min=0, help="How many of the worst images to show.")] = 20,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for report.html, report.md and plots.", show_default="DIR/report", file_okay=False),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write all figures here; - is the screen.")
-    ] = None,
+    json_file: opt.Json = None,
 ) -> None:
     """Compare methods: every figure with its difference to the plain model, plots, and the worst images as one HTML page.
 
@@ -292,20 +263,21 @@ def report(
     effects, tables = evals_module("effects"), evals_module("report")
     console = console_of(stderr=str(json_file) == "-")
     experiment = effects.read_experiment(folder)
-    runs = effects.read_runs(folder, [*method, baseline] if method else None)
+    runs = effects.read_runs(folder, method, baseline=baseline)
     for label, count in effects.read_counts(searched or (), runs).items():
         experiment[label] = {**experiment.get(label, {}), "searched": count}
+    worlds = effects.worlds(runs)
+    pictures = [_pictures_of(world[0].config["data"], {run.eval for run in world}, data, split) for world in worlds]
     found, sections, texts = [], [], []
     out = out or folder / "report"
     out.mkdir(parents=True, exist_ok=True)
-    for number, world in enumerate(effects.worlds(runs), start=1):
+    for number, (world, dataset) in enumerate(zip(worlds, pictures, strict=True), start=1):
         facts = effects.effects(world, baseline=baseline, experiment=experiment)
         suffix = f"-{number}" if number > 1 else ""
         plots = [
             evals_module("plots").plot_frontier(facts, out / f"frontier{suffix}.png"),
             evals_module("plots").plot_categories(world, list(facts["methods"]), out / f"categories{suffix}.png"),
         ]
-        dataset = _pictures_of(facts, data, split)
         console.print(tables.effects_group(facts))
         found.append(facts)
         texts.append(tables.effects_markdown(facts))
@@ -318,14 +290,13 @@ def report(
     console.print(f"Written: {out / 'report.html'}, {out / 'report.md'}", soft_wrap=True)
 
 
-def _pictures_of(facts: dict[str, Any], data: Path | None, split: str | None) -> Any:
-    """The data behind a run, for its pictures; None where it is not at hand."""
-    name = facts["data"]
+def _pictures_of(name: str, evals: set[str], data: Path | None, split: str | None) -> Any:
+    """The data behind runs, for its pictures; None where it is not at hand."""
     if name.startswith("scenes:"):
         return dataset_of("scenes", name.removeprefix("scenes:"))
     if data is None:
         return None
-    amber = evals_module("amber").Amber.from_folder(data) if "amber" in facts["evals"] else None
+    amber = evals_module("amber").Amber.from_folder(data) if "amber" in evals else None
     dataset = amber.dataset if amber else dataset_of(str(data), split)
     if dataset.name != name:
         raise ValueError(f"--data {data}: this is {dataset.name}, the run used {name}")
@@ -348,11 +319,8 @@ def score_pope(
         Path, typer.Option(help="JSON lines with answer, and question_id or image and question (else in order).")
     ],
     questions: Annotated[list[Path], typer.Option(help="Official questions, one file per split. Repeats.")],
-    parser: Annotated[str, typer.Option(help="official, opera, vcd or strict.")] = "official",
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
-    ] = None,
+    parser: opt.Parser = "official",
+    json_file: opt.Json = None,
 ) -> None:
     """Score a file of yes/no answers with POPE.
 
@@ -372,7 +340,7 @@ def score_pope(
 def score_chair(
     captions: Annotated[Path, typer.Option(help="JSON lines with image_id and caption.")],
     data: Annotated[Path, typer.Option(help="Folder with COCO annotations (no images needed).")],
-    split: Annotated[str | None, typer.Option(help="val2014, val2017 ...", show_default="the first found")] = None,
+    split: opt.Part = None,
     variant: Annotated[
         str | None,
         typer.Option(
@@ -380,10 +348,7 @@ def score_chair(
             show_default="official where there are captions",
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
-    ] = None,
+    json_file: opt.Json = None,
 ) -> None:
     """Score a file of captions with CHAIR.
 
@@ -406,10 +371,7 @@ def score_amber(
         str, typer.Option(help="official (Yes or No and nothing else), opera, vcd or strict.")
     ] = "official",
     similarity: Annotated[str, typer.Option(help="exact, or spacy (its vectors).")] = "exact",
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
-    ] = None,
+    json_file: opt.Json = None,
 ) -> None:
     """Score a file of answers with AMBER.
 
@@ -431,12 +393,9 @@ def score_clip(
     clip: Annotated[
         str, typer.Option(help="A CLIP model of open_clip: architecture:weights, weights a name or a file.")
     ] = "ViT-B-32-quickgelu:openai",
-    split: Annotated[str | None, typer.Option(help="val2014, val2017 ...", show_default="the first found")] = None,
-    device: Device = "auto",
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
-    ] = None,
+    split: opt.Part = None,
+    device: opt.Device = "auto",
+    json_file: opt.Json = None,
 ) -> None:
     """Score a file of captions with CLIPScore: how well they fit their pictures.
 
@@ -460,10 +419,7 @@ def score_mmhal(
         Path | None,
         typer.Option(help="The judge's prompt, with {image_content}, {question}, {gt_answer}, {model_answer}."),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the results here; - is the screen."),
-    ] = None,
+    json_file: opt.Json = None,
 ) -> None:
     """Let a judge of yours rate answers to MMHal-Bench.
 
@@ -513,9 +469,9 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="The preset to write; its plot comes beside it.")] = Path(
         "preset.json"
     ),
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Measure the constants that methods need of a model, and write them as a preset.
 

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vlm_attn.cli.common import (
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    TrustRemoteCode,
-    app,
-    console_of,
-    evals_module,
-    quiet_libraries,
-    quiet_warnings,
-)
+from vlm_attn.cli import options as opt
+from vlm_attn.cli.common import app, console_of, evals_module, progress_of, quiet_libraries, quiet_warnings
 from vlm_attn.cli.evaluate import dataset_of
 
 
 @app.command()
 def experiment(
     out: Annotated[Path, typer.Option(help="Folder of everything; a stopped run goes on from there.", file_okay=False)],
-    model: Model = "scenes",
+    model: opt.Model = "scenes",
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -38,10 +28,10 @@ def experiment(
     search: Annotated[int, typer.Option(help="Images to choose settings on.", min=2)] = 150,
     limit: Annotated[int | None, typer.Option(help="Images to score on.", min=2, show_default="500")] = None,
     batch_size: Annotated[int, typer.Option(help="Images per step.", min=1)] = 32,
-    max_new_tokens: MaxNewTokens = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    max_new_tokens: opt.MaxNewTokens = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Search every method's settings on one split and score it once on another, beside the plain model.
 
@@ -49,8 +39,6 @@ def experiment(
 
     Example: [b]vlm-attn experiment --out runs/effect --method gift --method vcd[/b]
     """
-    from rich import progress
-
     quiet_warnings()
     module = evals_module("experiment")
     labels = list(dict.fromkeys(method or module.GRIDS))
@@ -61,15 +49,8 @@ def experiment(
     console = console_of()
     with console.status(f"Loading {model} ..."):
         loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, transient=True) as bar:
-        rows: dict[str, progress.TaskID] = {}
+    with progress_of(console) as bar:
+        rows: dict[str, Any] = {}
 
         def done(what: str, count: int, total: int) -> None:
             if what not in rows:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vlm_attn.cli import options as opt
 from vlm_attn.cli.common import app, console_of, evals_module, help_without_command, quiet_libraries, write_json
 
 scenes_app = typer.Typer(help="The scenes world and its bundled model: look at it, train it, rebuild its card.")
@@ -52,9 +53,7 @@ def scenes_stats(
     of: Annotated[
         list[str] | None, typer.Option(metavar="CATEGORY", help="Only this one, with all its companions. Repeats.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write all counts here; - is the screen.")
-    ] = None,
+    json_file: opt.Json = None,
 ) -> None:
     """Count objects, and what stands together with what.
 
@@ -95,9 +94,7 @@ def scenes_card(
         Path | None,
         typer.Option(help="Folder for all answers; a stopped run goes on from there.", file_okay=False),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here; - is the screen.")
-    ] = None,
+    json_file: opt.Json = None,
     readme: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also put them between the marks of this model card.")
     ] = None,

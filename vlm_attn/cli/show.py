@@ -12,31 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm_attn.cli.common import (
-    BlockLength,
-    Cache,
-    Device,
-    Dtype,
-    GenLength,
-    MaxNewTokens,
-    Method,
-    Model,
-    Param,
-    Preset,
-    Prune,
-    Remasking,
-    Schedule,
-    Steps,
-    Threshold,
-    TrustRemoteCode,
-    app,
-    console_of,
-    denoising,
-    evals_module,
-    quiet_libraries,
-    usual,
-    write_json,
-)
+from vlm_attn.cli import options as opt
+from vlm_attn.cli.common import app, console_of, denoising, evals_module, quiet_libraries, usual, write_json
 
 
 @app.command()
@@ -90,30 +67,28 @@ def caption(
         list[str],
         typer.Argument(metavar="IMAGE...", help="Picture files; [b]scenes:validation/3[/b] is a drawn scene to try."),
     ],
-    model: Model = "scenes",
-    method: Method = None,
-    param: Param = None,
-    preset: Preset = None,
+    model: opt.Model = "scenes",
+    method: opt.Method = None,
+    param: opt.Param = None,
+    preset: opt.Preset = None,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "Please describe this image in detail.",
-    max_new_tokens: MaxNewTokens = None,
-    prune: Prune = None,
-    steps: Steps = None,
-    gen_length: GenLength = None,
-    block_length: BlockLength = None,
-    cache: Cache = None,
-    threshold: Threshold = None,
-    remasking: Remasking = None,
-    schedule: Schedule = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write captions here; - is the screen.")
-    ] = None,
+    max_new_tokens: opt.MaxNewTokens = None,
+    prune: opt.Prune = None,
+    steps: opt.Steps = None,
+    gen_length: opt.GenLength = None,
+    block_length: opt.BlockLength = None,
+    cache: opt.Cache = None,
+    threshold: opt.Threshold = None,
+    remasking: opt.Remasking = None,
+    schedule: opt.Schedule = None,
+    json_file: opt.Json = None,
     overlay: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Also draw, on every picture, where the prompt makes the model look."),
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Describe images, by default once with the plain model and once with gift.
 
@@ -235,16 +210,16 @@ def draw_mask(
 
 @app.command()
 def demo(
-    model: Model = "scenes",
+    model: opt.Model = "scenes",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[
         int | None,
         typer.Option(min=1, max=65535, help="Port to listen on.", show_default="the first free one from 7860"),
     ] = None,
     share: Annotated[bool, typer.Option("--share", help="Also make a public link, through gradio's servers.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Compare methods in the browser: captions side by side, and what each word looks at.
 
