@@ -12,7 +12,6 @@ rules are ours: the papers give the layers of LLaVA-1.5-7B. What the papers leav
 
 from __future__ import annotations
 
-import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from vlm_attn import presets
 from vlm_attn.branch import Run
 from vlm_attn.call import Call
 from vlm_attn.evals import chair, pope, runner
+from vlm_attn.evals._extras import require
 from vlm_attn.evals.coco import CocoDataset
 from vlm_attn.evals.heads import PROFILES, STEPS
 from vlm_attn.evals.prompts import build_inputs
@@ -72,8 +72,7 @@ class _Profile(Gift):
             shift = gaze_shift(attention, columns, layout.visual).sum((1, 2, 3))
             last = attention[torch.arange(len(inside)), :, inside.sum(1) - 1]  # [B, H, P]: the question's last word
             mass = {g.name: (last * (layout.group == g)[:, None]).sum(-1).mean(1) for g in (Group.VISUAL, Group.QUERY)}
-            first = (layout.group != Group.PAD).int().argmax(1)
-            mass["FIRST"] = last[torch.arange(len(first)), :, first].mean(1)
+            mass["FIRST"] = last[torch.arange(len(inside)), :, layout.first].mean(1)
             call.memory(self)[layer] = {"shift": shift, **mass}
             call.memory(self)["heads", layer] = (last * layout.visual[:, None]).sum(-1)  # [B, H]
 
@@ -198,7 +197,7 @@ def divergences(
             images = [dataset.load_image(i) for i in ids[start : start + batch_size]]
             inputs = build_inputs(model, processor, images, [prompt] * len(images))
             with engine.running(inputs) as call:
-                forward_twice(Run(engine, model, call, inputs), call.prompt.visual, tap)
+                forward_twice(Run(engine, model, call, inputs), tap)
     return [(total[layer] / max(1, len(ids))).tolist() for layer in sorted(total)]
 
 
@@ -325,8 +324,7 @@ def score(
         )
         if results["status"] != "complete":
             raise KeyboardInterrupt
-        lines = (Path(folder) / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [record for record in map(json.loads, lines) if "skipped" not in record]
+        records = [record for record in runner.read_records(Path(folder) / "samples.jsonl") if "skipped" not in record]
     return {spec.label: [record for record in records if record["method"] == spec.label] for spec in specs}
 
 
@@ -480,11 +478,13 @@ def plot(found: dict[str, Any], constants: dict[str, dict[str, Any]], path: Path
 
 
 def check(methods: Sequence[str]) -> None:
-    """Refuse methods without a rule.
+    """Refuse methods without a rule, and say what is missing for the plot.
 
     Raises:
         ValueError: names the method, and those there are.
+        ImportError: matplotlib is missing.
     """
+    require("matplotlib")  # now, not after hours of measuring
     for method in methods:
         if method not in RULES and method not in PROFILES:
             raise unknown("method to calibrate", method, [*RULES, *PROFILES])
@@ -525,9 +525,11 @@ def calibrate(
         The preset, and what was measured.
 
     Raises:
-        ValueError: a method without a rule, or fewer images than asked for.
+        ValueError: a method without a rule, a search without gift, or fewer images than asked for.
     """
     check(methods)
+    if searched and "gift" not in methods:
+        raise ValueError("--search compares settings of gift: name --method gift too, or leave it out")
     if checked and not searched:
         raise ValueError("--check compares the choice of --search: give --search a number of images too")
     if max(limit, searched + checked) > len(dataset.image_ids):
@@ -547,7 +549,7 @@ def calibrate(
             constants[method], why[method] = PROFILES[method](model, processor, dataset, steps)
     if console is not None:
         console.print(profile_table(found))
-    if searched and "gift" in methods:
+    if searched:
         specs = gift_grid(constants["gift"], len(found["layers"]))
         shared: dict[str, Any] = {"model_name": model_name, "batch_size": batch_size}
         seen = dataset.subset(dataset.image_ids[:searched])

@@ -166,7 +166,7 @@ def latency(
             begun = clock()
             generate(
                 model, processor, pictures, prompts, task.max_new_tokens
-            )  # its answers are on the CPU, so the device is done
+            )  # answers are on the CPU: the device is done
             return clock() - begun
 
     ratios = [once(spec) / once(MethodSpec(BASELINE)) for _ in range(pairs + 1)][1:]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_attn.attention import ROWS_AT_ONCE
 from vlm_attn.branch import answered
 from vlm_attn.call import Call
 from vlm_attn.evals.coco import CocoDataset
@@ -32,7 +33,6 @@ STEPS = 200  # the paper trains 2000, on texts of up to 32k
 PASSKEYS, DIGITS = 10, 4  # how many there are, and of how many words
 SINK, RECENT = 128, 256  # while training, where the text is long enough
 PROBE, COPIES = 2500, 4  # random words, and how often they come
-ROWS = 64  # attention rows at a time
 
 
 def words(model: Any, processor: Any) -> Tensor:
@@ -178,7 +178,7 @@ class _Probe(Duo):
     def sees(self, call: Call, view: View) -> None:
         total = view.query.shape[2]
         sums = torch.zeros(2, view.query.shape[1], device=view.query.device)
-        for part in torch.arange(self.period, total, device=view.query.device).split(ROWS):
+        for part in torch.arange(self.period, total, device=view.query.device).split(ROWS_AT_ONCE):
             allowed = view.allowed[:, :, part[0] : part[-1] + 1]
             query = view.query[:, :, part[0] : part[-1] + 1]
             paid = attention_rows(query, view.key, mask=allowed, scale=view.scale, softcap=view.softcap)[0]  # [H, R, S]

@@ -35,11 +35,7 @@ def score_chair(
     for library in ("scipy", "simplemma"):
         require(library)
     dataset = CocoDataset.from_folder(data, split)
-    records = chair.read_captions(captions)
-    known = set(dataset.image_ids)
-    kept = [record for record in records if record["image_id"] in known]
-    if not kept:
-        raise ValueError(f"{captions}: none of its {len(records)} captions is about an image of {dataset.name}")
+    kept, skipped = _captions_of(dataset, captions)
     variant = variant or chair.default_variant(dataset)
     if variant == "instances+captions" and not dataset.captions:
         raise ValueError(f"{data}: has no reference captions; use --variant instances")
@@ -52,10 +48,7 @@ def score_chair(
         }
         for record in kept
     ]
-    counts = {
-        "skipped": len(records) - len(kept),
-        "empty": sum(not record["caption"].strip() for record in kept),
-    }
+    counts = {"skipped": skipped, "empty": sum(not record["caption"].strip() for record in kept)}
     metrics = {variant: chair.summarise([sample["score"] for sample in samples])}
     return _results("chair", captions, dataset.name, samples, metrics, counts, {"variant": variant}, "coco_objects")
 
@@ -209,16 +202,12 @@ def score_clip(
 
     require("scipy")
     dataset = CocoDataset.from_folder(data, split)
-    records = chair.read_captions(captions)
-    known = set(dataset.image_ids)
-    kept = [record for record in records if record["image_id"] in known]
-    if not kept:
-        raise ValueError(f"{captions}: none of its {len(records)} captions is about an image of {dataset.name}")
+    kept, skipped = _captions_of(dataset, captions)
     scores = clipscore.clip_scores(clip, dataset, kept, device=device)
     samples = [
         {"image_id": r["image_id"], "answer": r["caption"], "score": s} for r, s in zip(kept, scores, strict=True)
     ]
-    counts = {"skipped": len(records) - len(kept), "cut": sum(score["cut"] for score in scores)}
+    counts = {"skipped": skipped, "cut": sum(score["cut"] for score in scores)}
     metrics = {"all": clipscore.summarise(scores)}
     return _results("clipscore", captions, dataset.name, samples, metrics, counts, {"clip": clip})
 
@@ -245,6 +234,19 @@ def score_mmhal(answers: str | Path, judge: str, *, template: str | Path | None 
     facts = {"judge": judge, "template": "own" if template is None else Path(template).name}
     samples = [{"image_id": place, **record} for place, record in enumerate(rated)]
     return _results("mmhal", answers, "MMHal-Bench", samples, mmhal.summarise(rated), counts, facts)
+
+
+def _captions_of(dataset: CocoDataset, file: str | Path) -> tuple[list[dict[str, Any]], int]:
+    """The captions of a file about images of the data, and how many are about others.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or malformed, or none is about an image of the data.
+    """
+    records, known = chair.read_captions(file), set(dataset.image_ids)
+    kept = [record for record in records if record["image_id"] in known]
+    if not kept:
+        raise ValueError(f"{file}: none of its {len(records)} captions is about an image of {dataset.name}")
+    return kept, len(records) - len(kept)
 
 
 def _results(

@@ -10,7 +10,6 @@ object is the one in front of the object's word: it is the row that has to find 
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -60,8 +59,7 @@ def quality(
             if found["status"] != "complete":
                 raise KeyboardInterrupt
             metrics[task.name] = found["metrics"]["baseline"]
-            lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-            answers[task.name] = [json.loads(line) for line in lines]
+            answers[task.name] = runner.read_records(folder / "samples.jsonl")
     captions = {r["image_id"]: {m["category"] for m in r["score"]["mentions"]} for r in answers["chair"]}
     return {
         "pope": {name: metrics["pope"][name] for name in ("random", "popular", "adversarial")},

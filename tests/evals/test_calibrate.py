@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ import torch
 
 import vlm_attn
 from tests import tiny
-from vlm_attn.evals import stats
-from vlm_attn.evals.calibrate import RULES, _bands, _Profile, calibrate, choose, compare, divergences, measure
+from vlm_attn.evals import runner, stats
+from vlm_attn.evals.calibrate import RULES, _bands, _Profile, calibrate, choose, compare, divergences, measure, score
+from vlm_attn.evals.specs import MethodSpec
 from vlm_attn.patching import engine_of
 
 
@@ -175,6 +178,18 @@ def bundled() -> tuple:
     return *load_model("scenes"), scenes.dataset("validation", limit=12)
 
 
+def test_answers_may_hold_line_separators(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"method": "a", "sample": 0, "answer": "a dog\u2028and a cat"}
+
+    def run(*args: Any, out: str, **options: Any) -> dict[str, str]:
+        (Path(out) / "samples.jsonl").write_text(json.dumps(answer, ensure_ascii=False) + "\n", encoding="utf-8")
+        return {"status": "complete"}
+
+    monkeypatch.setattr(runner, "run", run)
+    task: Any = SimpleNamespace(name="t", samples=[0])
+    assert score(None, None, task, [MethodSpec("a")], model_name="m", batch_size=1) == {"a": [answer]}
+
+
 OPTIONS = {"model_name": "scenes", "prompt": "Please describe this image in detail."}
 
 
@@ -213,6 +228,7 @@ def test_preset_is_used(bundled: tuple, tmp_path: Path) -> None:
         (["gift"], {"limit": 13}, "13 images are asked for"),
         (["gift"], {"limit": 2, "searched": 10, "checked": 3}, "13 images are asked for"),
         (["gift"], {"limit": 2, "checked": 3}, "--search"),
+        (["var"], {"limit": 2, "searched": 3}, "--method gift"),
     ],
 )
 def test_wrong_input(bundled: tuple, methods: list[str], options: dict, message: str) -> None:
