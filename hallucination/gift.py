@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm_attn.call import Call
 from vlm_attn.chat import informative_tokens
 from vlm_attn.kernels import Edit, Group, one_hot_segments
-from vlm_attn.method import Method, ModelFacts, check_layers, check_range, layer_tuple
+from vlm_attn.method import Method, ModelFacts, check_choice, check_flag, check_layers, check_range, layer_tuple
 
 OTHER, VISUAL, QUERY, BOOSTED = range(4)  # segments; BOOSTED is VISUAL weighted with exp(alpha * saliency)
 
@@ -70,10 +70,8 @@ class Gift(Method):
         check_range(self, "beta", 0, 100, open_low=True)
         check_range(self, "heads", 0, 1, open_low=True)
         check_range(self, "clip_sigma", 0, 100, open_low=True)
-        if not isinstance(self.code_parity, bool):
-            raise TypeError(f"gift: code_parity must be True or False, got {self.code_parity!r}")
-        if self.query_words not in ("content", "all"):
-            raise ValueError(f'gift: query_words={self.query_words!r} is neither "content" nor "all"')
+        check_flag(self, "code_parity")
+        check_choice(self, "query_words", ("content", "all"))
 
     @property
     def neutral(self) -> bool:

@@ -20,11 +20,10 @@ from vlm_attn.branch import Run, answered, encoded_once, look
 from vlm_attn.call import Call
 from vlm_attn.hallucination.gift import normalised, top_heads
 from vlm_attn.kernels import Edit
-from vlm_attn.method import Method, ModelFacts, at_depth, check_range, layer_tuple
+from vlm_attn.method import Method, ModelFacts, at_depth, check_range, layer_tuple, unknown_turn
 
-LATER, OTHER, VISUAL, TEXT, BOOSTED, WEIGHED, EVIDENCE = range(
-    7
-)  # segments; the last three weigh VISUAL and TEXT key by key
+# Segments; the last three weigh VISUAL and TEXT key by key.
+LATER, OTHER, VISUAL, TEXT, BOOSTED, WEIGHED, EVIDENCE = range(7)
 TINY = 1e-20  # for heads that give the image nothing
 HEADS = 0.5  # share of heads that is used, for the map and for each of the two boosts
 
@@ -86,10 +85,7 @@ class Ilvad(Method):
     def start(self, call: Call, processor: Any) -> None:
         """A later turn needs the map of the call that filled its cache."""
         if call.first and (call.earlier is None or "saliency" not in call.earlier.memory(self)):
-            raise ValueError(
-                "ilvad: the cache passed in was filled without ilvad, so its evidence is unknown. "
-                "Run the first turn with the same patched model, or pass no cache"
-            )
+            raise unknown_turn(self, "its evidence is")
 
     def rehearse(self, run: Run) -> None:
         """Write the first words, then see which text looked at the evidence.

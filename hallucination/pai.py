@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from vlm_attn.call import Call
 from vlm_attn.kernels import ScoreEdit
-from vlm_attn.method import Method, ModelFacts, at_depth, check_range, layer_tuple
+from vlm_attn.method import Method, ModelFacts, at_depth, check_flag, check_range, layer_tuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,7 @@ class Pai(Method):
     def __post_init__(self) -> None:
         check_range(self, "alpha", 0, 10)
         layer_tuple(self, "layers", empty=True)
-        if not isinstance(self.skip_first, bool):
-            raise TypeError(f"pai: skip_first must be True or False, got {self.skip_first!r}")
+        check_flag(self, "skip_first")
 
     @property
     def neutral(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlm_attn.call import Call
 from vlm_attn.kernels import ScoreEdit
-from vlm_attn.method import PROJECTED, Method, ModelFacts, at_depth, check_range, layer_tuple
+from vlm_attn.method import PROJECTED, Method, ModelFacts, at_depth, check_range, layer_tuple, unknown_turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,7 @@ class Paint(Method):
         call.memory(self)["weight"] = weight = torch.zeros(call.prompt.group.shape, device=call.prompt.group.device)
         if any(image.start < call.first for image in call.prompt.images):
             if call.earlier is None or self not in call.earlier.methods:
-                raise ValueError(
-                    "paint: the cache passed in was filled without paint, so what the tower looked at is unknown. "
-                    "Run the first turn with the same patched model, or pass no cache"
-                )
+                raise unknown_turn(self, "what the tower looked at is")
             known = call.earlier.memory(self)["weight"][:, : call.first]
             weight[:, : known.shape[1]] = known
 

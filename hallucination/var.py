@@ -15,8 +15,17 @@ from torch import Tensor
 from vlm_attn.branch import Run, look
 from vlm_attn.call import Call
 from vlm_attn.detectors import ByDirection, layer_states, massive
-from vlm_attn.kernels import Edit, Group, one_hot_segments
-from vlm_attn.method import Method, ModelFacts, check_layers, check_range, layer_tuple
+from vlm_attn.kernels import Edit, one_hot_segments
+from vlm_attn.method import (
+    Method,
+    ModelFacts,
+    check_choice,
+    check_flag,
+    check_layers,
+    check_range,
+    layer_tuple,
+    unknown_turn,
+)
 
 OTHER, VISUAL, TEXT_SINK, VISUAL_SINK = range(4)  # segments; VISUAL without its sinks
 TINY = 1e-20  # a head must look at more than sinks for their share to have somewhere to go
@@ -68,8 +77,7 @@ class Var(Method):
     cosine: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.detector not in ("dimension", "direction"):
-            raise ValueError(f'var: detector={self.detector!r} is neither "dimension" nor "direction"')
+        check_choice(self, "detector", ("dimension", "direction"))
         if self.detector == "direction":  # no dimensions, and nothing to read while the prompt runs
             object.__setattr__(self, "sink_dims", ())
             object.__setattr__(self, "read_hidden", False)
@@ -78,8 +86,7 @@ class Var(Method):
         check_range(self, "tau", 0, 1000, open_low=True)
         for field in ("rho", "p", "visual_floor"):
             check_range(self, field, 0, 1)
-        if not isinstance(self.code_parity, bool):
-            raise TypeError(f"var: code_parity must be True or False, got {self.code_parity!r}")
+        check_flag(self, "code_parity")
         if self.layers:
             layer_tuple(self, "layers")
 
@@ -107,10 +114,7 @@ class Var(Method):
     def start(self, call: Call, processor: Any) -> None:
         """Sinks among columns that are already cached must be known from the call that cached them."""
         if call.first and (call.earlier is None or self not in call.earlier.methods):
-            raise ValueError(
-                "var: the cache passed in was filled without var, so its sink tokens are unknown. "
-                "Run the first turn with the same patched model, or pass no cache"
-            )
+            raise unknown_turn(self, "its sink tokens are")
 
     def read_tokens(self, hidden: Tensor) -> Tensor:
         """Step 1: ``max_d |x_d| / RMS(x) >= tau`` on a block's input ``[B, Q, D]``."""
@@ -126,7 +130,7 @@ class Var(Method):
             known = call.earlier.memory(self)["sinks"][..., : call.first]  # type: ignore[union-attr]
             memory["sinks"] = torch.nn.functional.pad(known, (0, call.prompt.length - known.shape[2]))
             return
-        first = (call.prompt.group != Group.PAD).int().argmax(1)
+        first = call.prompt.first
         find = ByDirection(cosine=self.cosine)
         layers: Any = run.engine.text_model.layers
         memory["sinks"] = find.find(layer_states(layers, find, first, lambda: look(run, run.inputs)), first)

@@ -13,11 +13,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlm_attn.branch import Run, answered, look
+from vlm_attn.branch import Run, images_out, look, with_answer
 from vlm_attn.call import Call
-from vlm_attn.families import image_marker_ids
 from vlm_attn.kernels import Group
-from vlm_attn.method import Method, ModelFacts, check_layers, check_range, layer_tuple
+from vlm_attn.method import (
+    Method,
+    ModelFacts,
+    check_choice,
+    check_flag,
+    check_layers,
+    check_range,
+    layer_tuple,
+    unknown_turn,
+)
 from vlm_attn.patching import engine_of, patched
 
 
@@ -56,10 +64,8 @@ class Vhr(Method):
     def __post_init__(self) -> None:
         check_range(self, "alpha", 0, 10, open_low=True)
         layer_tuple(self, "layers", empty=True)
-        if not isinstance(self.drop_outliers, bool):
-            raise TypeError(f"vhr: drop_outliers must be True or False, got {self.drop_outliers!r}")
-        if self.rows not in ("all", "last"):
-            raise ValueError(f'vhr: rows={self.rows!r} is neither "all" nor "last"')
+        check_flag(self, "drop_outliers")
+        check_choice(self, "rows", ("all", "last"))
         if self.rows == "last":  # the prompt then runs as body and last token
             object.__setattr__(self, "edited_rows", "last")
 
@@ -80,10 +86,7 @@ class Vhr(Method):
             return
         known = call.earlier.memory(self) if call.earlier is not None else {}
         if "heads" not in known:
-            raise ValueError(
-                "vhr: the cache passed in was filled without vhr, so its heads are unknown. "
-                "Run the first turn with the same patched model, or pass no cache"
-            )
+            raise unknown_turn(self, "its heads are")
         call.memory(self)["heads"] = known["heads"]
 
     def rehearse(self, run: Run) -> None:
@@ -100,7 +103,7 @@ class Vhr(Method):
             louder = out * self.factor(heads[layer]).repeat(2, 1)[:, None, :, None].to(out.dtype)
             return louder if self.rows == "all" else torch.cat([out[:, :-1], louder[:, -1:]], 1)
 
-        forward_twice(run, run.call.prompt.visual, tap)
+        forward_twice(run, tap)
 
     def choose(self, divergence: Tensor, activation: Tensor) -> Tensor:
         """The heads ``[B, H]`` bool to reinforce."""
@@ -179,10 +182,7 @@ def token_divergence(model: Any, inputs: Mapping[str, Any], answer: Sequence[int
     Raises:
         ValueError: more than one prompt, no answer, the model is patched.
     """
-    ids = inputs["input_ids"]
-    if len(ids) != 1 or not len(answer):
-        raise ValueError(f"one answer to one prompt is needed, got {len(answer)} tokens, {len(ids)} prompts")
-    whole = answered(inputs, torch.tensor([list(answer)], device=ids.device))
+    whole = with_answer(inputs, answer)
     found: list[Tensor] = []
 
     def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
@@ -193,25 +193,18 @@ def token_divergence(model: Any, inputs: Mapping[str, Any], answer: Sequence[int
     with patched(model, Vhr()):
         engine = engine_of(model)
         with engine.running(whole) as call:
-            forward_twice(Run(engine, model, call, whole), call.prompt.visual, tap)
+            forward_twice(Run(engine, model, call, whole), tap)
     return torch.stack(found, 1)
 
 
-def forward_twice(run: Run, visual: Tensor, tap: Any) -> None:
+def forward_twice(run: Run, tap: Any) -> None:
     """One plain forward of ``2 B`` rows: the prompt, and below it the prompt without its images, padded on the left."""
     inputs = run.inputs
-    mask = inputs["attention_mask"]
-    gone = visual.to(mask.device)
-    if "input_ids" in inputs:
-        markers = torch.tensor(image_marker_ids(run.engine.model_config), device=mask.device)
-        gone = gone | torch.isin(inputs["input_ids"], markers)
-    stays = ~gone & (mask != 0)
-    order = stays.int().argsort(dim=1, stable=True)  # what stays, in order, at the right end
-    there = stays.gather(1, order)
+    order, there = images_out(run)
     pad = {"input_ids": inputs["input_ids"][:, -1:]} if "input_ids" in inputs else {}  # any word: it is not attended to
     twice: dict[str, Any] = dict(inputs)
     for name, value in inputs.items():
-        if value.shape[:2] != mask.shape:
+        if value.shape[:2] != order.shape:
             continue
         more = there.reshape(*there.shape, *[1] * (value.ndim - 2))
         index = order.reshape(more.shape).expand_as(value)

@@ -14,14 +14,13 @@ from vlm_attn.heads import (
     Scores,
     Seen,
     View,
-    check_mode,
     check_scores,
     first_columns,
     masked_where_needed,
     score_table,
     streams,
 )
-from vlm_attn.method import ModelFacts, check_range
+from vlm_attn.method import ModelFacts, check_choice, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class Duo(HeadMethod):
         check_range(self, "sparsity", 0, 1)
         check_range(self, "sink", 0, 10_000)
         check_range(self, "recent", 1, 1_000_000)
-        check_mode(self)
+        check_choice(self, "mode", ("drop", "mask"))
 
     @property
     def neutral(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlm_attn.call import Call
 from vlm_attn.heads import HeadMethod, Seen, View
-from vlm_attn.method import check_range
+from vlm_attn.method import check_flag, check_range
 from vlm_attn.reduction import Keep, check_keep
 from vlm_attn.visual_token_ops.chunks import best, chunks_of, mean_of, of_keys, scores, tiles
 
@@ -45,8 +45,7 @@ class Landmark(HeadMethod):
     def __post_init__(self) -> None:
         check_keep(self, "keep", self.keep)
         check_range(self, "tile", 0, 1000)
-        if not isinstance(self.summaries, bool):
-            raise TypeError(f"landmark: summaries must be True or False, got {self.summaries!r}")
+        check_flag(self, "summaries")
 
     @property
     def neutral(self) -> bool:

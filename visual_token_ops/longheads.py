@@ -10,7 +10,7 @@ import torch
 
 from vlm_attn.call import Call
 from vlm_attn.heads import HeadMethod, Seen, View
-from vlm_attn.method import check_range
+from vlm_attn.method import check_range, unknown_turn
 from vlm_attn.reduction import Keep, check_keep
 from vlm_attn.visual_token_ops.chunks import best, chunks_of, gathered, of_keys, scores, tiles
 
@@ -56,10 +56,7 @@ class LongHeads(HeadMethod):
             return
         known = call.earlier.memory(self) if call.earlier is not None else {}
         if "keys" not in known:
-            raise ValueError(
-                "longheads: the cache passed in was filled without longheads, so the keys of its image chunks are unknown. "
-                "Run the first turn with the same patched model, or pass no cache"
-            )
+            raise unknown_turn(self, "the keys of its image chunks are")
         call.memory(self)["earlier"] = known["keys"]
 
     def read(self, call: Call, view: View) -> None:

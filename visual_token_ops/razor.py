@@ -16,14 +16,13 @@ from vlm_attn.heads import (
     Scores,
     Seen,
     View,
-    check_mode,
     check_scores,
     first_columns,
     masked_where_needed,
     score_table,
     streams,
 )
-from vlm_attn.method import ModelFacts, check_range
+from vlm_attn.method import ModelFacts, check_choice, check_flag, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +72,8 @@ class Razor(HeadMethod):
             check_range(self, name, 0, 1)
         check_range(self, "sink", 0, 10_000)
         check_range(self, "local", 1, 1_000_000)
-        if not isinstance(self.compensate, bool):
-            raise TypeError(f"razor: compensate must be True or False, got {self.compensate!r}")
-        check_mode(self)
+        check_flag(self, "compensate")
+        check_choice(self, "mode", ("drop", "mask"))
 
     @property
     def neutral(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlm_attn.branch import answered
+from vlm_attn.branch import with_answer
 from vlm_attn.layout import ImageSpan
 from vlm_attn.method import Method
 from vlm_attn.patching import engine_of, patched
@@ -45,10 +45,7 @@ def answer_maps(model: Any, inputs: Mapping[str, Any], answer: Sequence[int]) ->
     Raises:
         ValueError: more than one prompt, no answer, the model is patched.
     """
-    ids = inputs["input_ids"]
-    if len(ids) != 1 or not len(answer):
-        raise ValueError(f"one answer to one prompt is needed, got {len(answer)} tokens, {len(ids)} prompts")
-    whole = answered(inputs, torch.tensor([list(answer)], device=ids.device))
+    whole = with_answer(inputs, answer)
     found: list[Tensor] = []
 
     def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:

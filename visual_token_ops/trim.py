@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlm_attn.method import check_flag
 from vlm_attn.reduction import Keep, Picture
 from vlm_attn.visual_token_ops.clip import ClipReducer
 from vlm_attn.visual_token_ops.visionzip import others
@@ -38,8 +39,7 @@ class Trim(ClipReducer):
     def check(self) -> None:
         """Check ``summary`` as well."""
         super().check()
-        if not isinstance(self.summary, bool):
-            raise TypeError(f"trim: summary must be True or False, got {self.summary!r}")
+        check_flag(self, "summary")
 
     def score(self, picture: Picture) -> Tensor:
         """Cosine with the question."""

@@ -17,9 +17,8 @@ from vlm_attn.branch import Decoding, Run, look
 from vlm_attn.call import Call
 from vlm_attn.chat import find_question, read_template, tokenizer_of
 from vlm_attn.detectors import CANDIDATES, ByDimension, ByDirection, SinkDetector, layer_states
-from vlm_attn.engine import _padding
 from vlm_attn.kernels import Group
-from vlm_attn.layout import build_layout, check_span, runs
+from vlm_attn.layout import build_layout, check_span, padding, runs
 from vlm_attn.method import Method
 from vlm_attn.patching import engine_of, is_patched, patched
 
@@ -200,22 +199,17 @@ def find_sinks(
         detector = ByDimension(tuple(dims), tau)
     layers: Any = engine.text_model.layers
     got: list[Tensor] = []  # of every layer with attention [B, P], from its later rows
-    before, engine.methods = engine.methods, (_Bystander(),)
-    try:
-        with engine.running(inputs) as call:
-            run, group = Run(engine, model, call, inputs), call.prompt.group
-            first = (group != Group.PAD).int().argmax(1)
-            numbers: list[int] = []
+    with engine.observed(lambda _: [_Bystander()]), engine.running(inputs) as call:
+        run, group, first = Run(engine, model, call, inputs), call.prompt.group, call.prompt.first
+        numbers: list[int] = []
 
-            def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-                numbers.append(layer)
-                got.append(_received(attend, group != Group.PAD))
-                return out
+        def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+            numbers.append(layer)
+            got.append(_received(attend, group != Group.PAD))
+            return out
 
-            states = layer_states(layers, detector, first, lambda: look(run, run.inputs, tap))
-            flags = detector.find(states, first)[: len(layers)].cpu()
-    finally:
-        engine.methods = before
+        states = layer_states(layers, detector, first, lambda: look(run, run.inputs, tap))
+        flags = detector.find(states, first)[: len(layers)].cpu()
     scores = dict(zip(numbers, got, strict=True))
     found = []
     for row in range(len(group)):
@@ -389,13 +383,14 @@ def _watched(engine: Any) -> Iterator[tuple[dict[int, list[Tensor]], list[Call]]
         rows[:, columns[keys]] = among
         seen.setdefault(layer, []).append(rows)
 
-    before = engine.methods
-    kept = (m for m in before if m.name != "gaze" and not isinstance(m, Decoding))  # the tokens are given
-    engine.methods, engine.watch = (*kept, _Bystander()), watch
-    try:
+    def looked_at(methods: Sequence[Method]) -> list[Method]:
+        return [
+            *(m for m in methods if m.name != "gaze" and not isinstance(m, Decoding)),
+            _Bystander(),
+        ]  # tokens are given
+
+    with engine.observed(looked_at, watch=watch):
         yield seen, calls
-    finally:
-        engine.methods, engine.watch = before, None
 
 
 def _per_position(call: Call, rows: Tensor) -> list[Tensor]:
@@ -415,14 +410,10 @@ def _names(model: nn.Module) -> str:
 def _prompt_read(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Call]:
     """Run a prompt through a patched model, neutral methods included; what they read is in the call."""
     engine = engine_of(model)
-    was, engine.force = engine.force, True
-    try:
-        with engine.running(inputs) as call, torch.no_grad():
-            engine.rehearse(Run(engine, model, call, inputs))
-            host.prompt_reader(model)(**{**inputs, "use_cache": True})
-            yield call
-    finally:
-        engine.force = was
+    with engine.observed(force=True), engine.running(inputs) as call, torch.no_grad():
+        engine.rehearse(Run(engine, model, call, inputs))
+        host.prompt_reader(model)(**{**inputs, "use_cache": True})
+        yield call
 
 
 def _on_images(call: Call, values: Tensor) -> list[Tensor]:
@@ -484,12 +475,12 @@ def explain(processor: Any, inputs: Mapping[str, Any], *, query_span: Any = None
             f"{type(processor).__name__} names no image token: explain() needs the processor of a vision-language model"
         )
     visual = ids == image
-    first = _padding(mask, len(ids))
+    first = padding(mask, len(ids))
     template = read_template(processor, (image,))
     query, role = [], []
     for row in range(len(ids)):
         if query_span is not None:
-            span, tail = check_span(query_span, row, first[row], ids.shape[1]), 0
+            span = check_span(query_span, row, first[row], ids.shape[1])
             tail = ids.shape[1] - span[1]
         else:
             (start, stop), tail = find_question(

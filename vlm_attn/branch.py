@@ -7,7 +7,7 @@ second stream is a second forward of the same model on other inputs, with a cach
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -347,14 +347,22 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def without_image(run: Run) -> dict[str, Tensor]:
     """The prompt without its images: their tokens and markers taken out of every row, padded on the left again."""
-    ids = run.inputs["input_ids"]
-    marker = torch.isin(ids, torch.tensor(image_marker_ids(run.engine.model_config), device=ids.device))
-    stays = ~(run.call.prompt.visual.to(ids.device) | marker) & (run.inputs["attention_mask"] != 0)
-    width = int(stays.sum(1).max())
-    order = stays.int().argsort(dim=1, stable=True)[:, -width:]  # what stays, in order, at the right end
-    aligned = {name: value for name, value in run.inputs.items() if value.shape == ids.shape}
-    taken = {name: value.gather(1, order) for name, value in aligned.items()}
-    return {**taken, "attention_mask": stays.gather(1, order).to(run.inputs["attention_mask"].dtype)}
+    inputs, (order, there) = run.inputs, images_out(run)
+    width = int(there.sum(1).max())
+    order, there = order[:, -width:], there[:, -width:]
+    taken = {name: x.gather(1, order) for name, x in inputs.items() if x.shape == inputs["input_ids"].shape}
+    return {**taken, "attention_mask": there.to(inputs["attention_mask"].dtype)}
+
+
+def images_out(run: Run) -> tuple[Tensor, Tensor]:
+    """``[B, P]`` an order of the prompt's columns that has what is left without images and their markers at the right end, and
+    which of these columns are left."""
+    mask, ids = run.inputs["attention_mask"], run.inputs.get("input_ids")
+    stays = ~run.call.prompt.visual.to(mask.device) & (mask != 0)
+    if ids is not None:
+        stays &= ~torch.isin(ids, torch.tensor(image_marker_ids(run.engine.model_config), device=mask.device))
+    order = stays.int().argsort(dim=1, stable=True)
+    return order, stays.gather(1, order)
 
 
 def with_tokens(run: Run, tokens: Tensor, at: list[int]) -> dict[str, Tensor]:
@@ -384,6 +392,18 @@ def answered(inputs: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:
         else value
         for name, value in inputs.items()
     }
+
+
+def with_answer(inputs: Mapping[str, Any], answer: Sequence[int]) -> dict[str, Any]:
+    """One prompt's inputs with its answer's token ids behind it.
+
+    Raises:
+        ValueError: more than one prompt, no answer.
+    """
+    ids = inputs["input_ids"]
+    if len(ids) != 1 or not len(answer):
+        raise ValueError(f"one answer to one prompt is needed, got {len(answer)} tokens, {len(ids)} prompts")
+    return answered(inputs, torch.tensor([list(answer)], device=ids.device))
 
 
 def with_pixels(run: Run, change: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:

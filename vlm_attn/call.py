@@ -79,6 +79,7 @@ class Call:
         ran: whether any of the prompt has run.
         first: columns that were in the cache when the call began.
         earlier: the call that filled those columns, if it is known.
+        batch: rows of the batch that run now: samples, or beams of them.
         edits: the edits of each layer from the end of the prompt on.
         scales: the factors on every layer's heads, likewise.
         mask: while the prompt runs under a mask that the kernel draws: what the host's own mask only stands in for.
@@ -161,9 +162,8 @@ class Call:
     def store_rows(self, method: Method, layer: int, attention: Tensor, valid: Tensor, offset: int) -> None:
         """Keep attention ``[B, H, R, S]`` of the read rows where ``valid [B, R]``; key 0 is column ``offset``."""
         key = (method.name, layer)
-        attention, valid = (
-            part.to(self.prompt.group.device) for part in (attention, valid)
-        )  # layers may lie on several
+        device = self.prompt.group.device  # layers may lie on several
+        attention, valid = attention.to(device), valid.to(device)
         if self.reduction is not None:
             attention = self.reduction.spread_keys(layer, attention)
         size = (*attention.shape[:3], self.prompt.length)

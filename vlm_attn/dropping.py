@@ -11,7 +11,6 @@ is rebuilt from the columns that are kept. Rows that keep fewer tokens than othe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -75,6 +74,7 @@ class Reduction:
         layers: per layer, what its keys are.
         stages: per image, what each stage left.
         owners: per image, what stands for each of its tokens; absent = they all stand for themselves.
+        masks: per mask of the host, what was made of it for which keys; one for all layers that share both.
         carried: hidden states, ``rows`` and ``visible`` of before the layers that visual tokens bypass; None outside these.
     """
 
@@ -182,14 +182,10 @@ def _begin(engine: Engine, call: Call, cache: Any, batch: int) -> Reduction:
     drop &= engine.watch is None  # who watches the attention counts every column
     if drop and cache is not None and not host.shorten(cache, len(engine.text_model.layers)):  # type: ignore[arg-type]
         drop = False
-        if not engine.told:
-            engine.told = True
-            warnings.warn(
-                f"{type(cache).__name__} cannot hold fewer columns: visual tokens are masked, not dropped. "
-                "The result is the same, the speed is that of the plain model",
-                UserWarning,
-                stacklevel=2,
-            )
+        engine.warn_once(
+            f"{type(cache).__name__} cannot hold fewer columns: visual tokens are masked, not dropped. "
+            "The result is the same, the speed is that of the plain model"
+        )
     visible = torch.ones(batch, call.prompt.length, dtype=torch.bool, device=call.prompt.group.device)
     return Reduction(drop, call.length, visible)
 
@@ -379,7 +375,7 @@ def thin(call: Call, cache: Any) -> bool:
             state.layers[layer] = made.setdefault(id(kept), Kept(here, None, False, kept.size))
             continue
         seen = here.gather(1, kept.columns)
-        index = (~seen).int().argsort(dim=1, stable=True)[:, : int(seen.sum(1).max())].sort(1).values
+        index = places(seen)
         columns = kept.columns.gather(1, index)
         host.keep_columns(cache, layer, index, kept.columns.shape[1])
         full = bool(here.gather(1, columns).all())
@@ -387,6 +383,11 @@ def thin(call: Call, cache: Any) -> bool:
     state.masks.clear()
     call.edits.clear()
     return True
+
+
+def places(stays: Tensor) -> Tensor:
+    """``[B, n]`` where ``stays [B, m]`` is True, ascending; rows with fewer are filled up with other places."""
+    return (~stays).int().argsort(dim=1, stable=True)[:, : int(stays.sum(1).max())].sort(1).values
 
 
 def _place(state: Reduction, row: int, index: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from vlm_attn.chat import ChatTemplate, find_question
 from vlm_attn.families import family_of, image_token_ids, split_images, split_videos, video_token_ids
 from vlm_attn.kernels import Edit, ScoreEdit, merged, triton_first
 from vlm_attn.kernels.masks import Mask
-from vlm_attn.layout import Span, build_layout, check_span, is_span, per_row, runs, visual_columns
+from vlm_attn.layout import Span, build_layout, check_span, is_span, padding, per_row, runs, visual_columns
 from vlm_attn.method import Method
 from vlm_attn.reduction import KeptImage, Reducer
 from vlm_attn.sharding import Heads
@@ -57,16 +57,14 @@ class Engine:
         self.model_config = model.config
         self.text_config = text_model.config
         self.text_model = text_model
-        self.canvas = host.canvas_decoder(
-            model
-        )  # reads the prompt's cache beside a canvas, in a model that denoises one
+        self.canvas = host.canvas_decoder(model)  # reads the prompt's cache, in a model that denoises a canvas
         self.heads: dict[int, Heads] = {}  # of every layer with attention, those that run in this process
         self.methods = tuple(methods)
         self.processor = processor
         self.template = template
         self.query_span = query_span
         self.base = "sdpa"  # implementation the model had
-        self.told = False  # whether a warning that is given once has been given
+        self.told: set[str] = set()  # warnings that are given once
         self.kept: tuple[KeptImage, ...] = ()  # of the last prompt
         self.force = False  # run neutral methods through the edit path too
         self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends
@@ -124,7 +122,7 @@ class Engine:
         """Methods that read attention rows of a layer."""
         if self.call is not None and self.call.ahead is not None:
             return [self.call.ahead]
-        return [m for m in self.active if layer in m.read_layers and not getattr(m, "reads_ahead", False)]
+        return [m for m in self.active if layer in m.read_layers and not (isinstance(m, Reducer) and m.reads_ahead)]
 
     @property
     def reduces(self) -> bool:
@@ -188,38 +186,9 @@ class Engine:
         mask = inputs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.shape == (batch, length) else None
         device = embeds.device if isinstance(embeds, Tensor) else ids.device  # type: ignore[union-attr]
-        first = _padding(mask, batch)
-
-        video = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        if spans.get("visual") is not None:
-            visual = torch.zeros(batch, length, dtype=torch.bool, device=device)
-            for row, row_spans in enumerate(per_row(spans["visual"], batch, "visual")):
-                for span in [row_spans] if is_span(row_spans) else row_spans:
-                    start, stop = check_span(span, row, first[row], length, "visual")
-                    visual[row, start:stop] = True
-        elif isinstance(ids, Tensor) and ids.shape == (batch, length):
-            video = visual_columns(ids, video_token_ids(self.model_config))
-            visual = visual_columns(ids, image_token_ids(self.model_config)) | video
-        else:
-            raise ValueError(
-                "inputs_embeds hide where the image and the question are: "
-                "wrap the call in `with vlm_attn.spans(model, visual=[(a, b)], query=[(c, d)]):` (one entry per row)"
-            )
-        if not visual.any(1).all() and not any(m.needs_image for m in self.active):
-            if self.reduces and not self.told:
-                self.told = True
-                warnings.warn("a prompt has no image: there is no visual token to take away", UserWarning, stacklevel=2)
-        elif not visual.any(1).all():
-            rows = (~visual.any(1)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"no image token in the prompt of row {rows}: the processor must see an image and its placeholder "
-                "(an image part in the chat message); unpatch the model for text-only prompts"
-            )
-        if self.splits and visual[:, -1].any():
-            raise ValueError(
-                "the prompt ends in an image token, so there is no last text row to edit: put text after the image"
-            )
-
+        first = padding(mask, batch)
+        visual, video = self._visual(ids, first, (batch, length), device)
+        self._check_visual(visual)
         query, role = self._question(ids, mask, visual, first, spans.get("query"))
         images = split_images(self.model_config, [runs(row) for row in visual & ~video], inputs)
         images += split_videos(self.model_config, [runs(row) for row in video], inputs)
@@ -241,6 +210,42 @@ class Engine:
             method.start(call, self.processor)
         call.pixels = None  # a cache keeps the call for as long as it lives
         return call
+
+    def _visual(self, ids: Any, first: list[int], size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """``[B, P]`` bool: where images and videos stand, and which of these columns are a video's."""
+        spans = self.spans or {}
+        video = torch.zeros(size, dtype=torch.bool, device=device)
+        if spans.get("visual") is not None:
+            visual = torch.zeros_like(video)
+            for row, row_spans in enumerate(per_row(spans["visual"], size[0], "visual")):
+                for span in [row_spans] if is_span(row_spans) else row_spans:
+                    start, stop = check_span(span, row, first[row], size[1], "visual")
+                    visual[row, start:stop] = True
+        elif isinstance(ids, Tensor) and ids.shape == size:
+            video = visual_columns(ids, video_token_ids(self.model_config))
+            visual = visual_columns(ids, image_token_ids(self.model_config)) | video
+        else:
+            raise ValueError(
+                "inputs_embeds hide where the image and the question are: "
+                "wrap the call in `with vlm_attn.spans(model, visual=[(a, b)], query=[(c, d)]):` (one entry per row)"
+            )
+        return visual, video
+
+    def _check_visual(self, visual: Tensor) -> None:
+        """Refuse prompts without an image where a method needs one, and those that end in one."""
+        if not visual.any(1).all() and not any(m.needs_image for m in self.active):
+            if self.reduces:
+                self.warn_once("a prompt has no image: there is no visual token to take away")
+        elif not visual.any(1).all():
+            rows = (~visual.any(1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"no image token in the prompt of row {rows}: the processor must see an image and its placeholder "
+                "(an image part in the chat message); unpatch the model for text-only prompts"
+            )
+        if self.splits and visual[:, -1].any():
+            raise ValueError(
+                "the prompt ends in an image token, so there is no last text row to edit: put text after the image"
+            )
 
     def _question(
         self, ids: Tensor | None, mask: Tensor | None, visual: Tensor, first: list[int], given: Any
@@ -341,6 +346,37 @@ class Engine:
             yield
         finally:
             self.call, self.tap, self._aside = before
+
+    @contextmanager
+    def observed(
+        self,
+        methods: Callable[[Sequence[Method]], Sequence[Method]] = tuple,
+        *,
+        watch: Callable[..., None] | None = None,
+        force: bool = False,
+    ) -> Iterator[None]:
+        """Runs inside are for looking at the model. Other threads wait, so that theirs keep what the model is patched with.
+
+        Args:
+            methods: from the model's methods to those that run instead, one of them not neutral.
+            watch: is shown how every edited row attends.
+            force: run neutral methods too.
+        """
+        self._acquire()
+        before = self.methods, self.watch, self.force
+        self.methods = tuple(methods(self.methods))
+        self.watch, self.force = watch, force
+        try:
+            yield
+        finally:
+            self.methods, self.watch, self.force = before
+            self._lock.release()
+
+    def warn_once(self, message: str) -> None:
+        """Warn of something that is told once for as long as the model is patched."""
+        if message not in self.told:
+            self.told.add(message)
+            warnings.warn(message, UserWarning, stacklevel=3)
 
     # Hooks
 
@@ -619,21 +655,6 @@ class LayerHook:
         new = dropping.before_layer(self.engine, module, self.layer, args, kwargs)
         self.engine.before_layer(self.layer, *(new or (args, kwargs)))
         return new
-
-
-def _padding(mask: Tensor | None, batch: int) -> list[int]:
-    """Number of padding columns before each row's prompt.
-
-    Raises:
-        ValueError: padding on the right or in the middle.
-    """
-    if mask is None:
-        return [0] * batch
-    kept = mask != 0
-    first = kept.int().argmax(1)
-    if not bool((kept.int().cumsum(1)[:, -1] == mask.shape[1] - first).all()):
-        raise ValueError('prompts must be padded on the left: processor.tokenizer.padding_side = "left"')
-    return first.tolist()
 
 
 def _named(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:

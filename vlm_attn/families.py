@@ -150,16 +150,24 @@ def _clip_tokens(config: Any, inputs: Mapping[str, Any]) -> int | None:
     return side * side + (whole and config.vision_config.model_type == "clip_vision_model")
 
 
+def _tower(model: Any) -> Any:
+    """The vision tower, None where there is none of that name."""
+    return next((m for name, m in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
+
+
+def _has_cls(tower: Any) -> bool:
+    return tower is not None and any(name.endswith("class_embedding") for name, _ in tower.named_parameters())
+
+
 def _clip_attention(model: Any) -> list[Any]:
-    tower = next(m for name, m in model.named_modules() if name.split(".")[-1] == "vision_tower")
-    if not any(name.endswith("class_embedding") for name, _ in tower.named_parameters()):
+    tower = _tower(model)
+    if not _has_cls(tower):
         return []
     return [m for name, m in tower.named_modules() if name.endswith("self_attn")]
 
 
 def _internvl_attention(model: Any) -> list[Any]:
-    tower = next(m for name, m in model.named_modules() if name.split(".")[-1] == "vision_tower")
-    return [m for name, m in tower.named_modules() if name.endswith(".attention")]
+    return [m for name, m in _tower(model).named_modules() if name.endswith(".attention")]
 
 
 def _internvl_tiles(config: Any, tokens: int, size: Size | None) -> int:
@@ -360,15 +368,12 @@ def merging_tower(model: Any, config: Any, method: str) -> tuple[Any, list[Any],
         NotImplementedError: its layers are not of CLIP's shape, or its patches are not the image's tokens; attention that takes
             no bias.
     """
-    tower: Any = next((m for name, m in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
+    tower = _tower(model)
     layers = [] if tower is None else [m for m in tower.modules() if hasattr(getattr(m, "self_attn", None), "k_proj")]
-    first = (
-        any(name.endswith("class_embedding") for name, _ in tower.named_parameters()) if tower is not None else False
-    )
+    first = _has_cls(tower)
     projected = getattr(config, "vision_feature_layer", -1)
-    layers = (
-        layers[: projected if projected >= 0 else len(layers) + 1 + projected] if isinstance(projected, int) else []
-    )
+    count = 0 if not isinstance(projected, int) else projected if projected >= 0 else len(layers) + 1 + projected
+    layers = layers[:count]
     whole = first and getattr(config, "vision_feature_select_strategy", "default") != "default"
     if not family_of(config).whole_patches or not layers or whole:
         known = ", ".join(name for name, family in FAMILIES.items() if family.whole_patches)
@@ -440,9 +445,8 @@ def split_videos(config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[s
                 frame = 0
             size = grid[0] * grid[1]
             here = min(left, (stop - start) // size)
-            if (
-                not here or stop - start > here * size + 1
-            ):  # not what the inputs say (a newline may stand behind the last)
+            # A newline may stand behind the last; what else is not as the inputs say is one frame.
+            if not here or stop - start > here * size + 1:
                 here, left, size, grid = 1, 1, stop - start, (1, stop - start)
             for n in range(here):
                 first = start + n * size

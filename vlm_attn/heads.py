@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn import host
-from vlm_attn.dropping import Kept, Reduction
-from vlm_attn.kernels import Group
+from vlm_attn.dropping import Kept, Reduction, places
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.sharding import Heads
 
@@ -149,7 +148,7 @@ def first_columns(call: Call, method: Method, device: torch.device | None = None
     """``[B, 1]`` first column of every row that is no padding, on the device it is wanted on (the prompt's)."""
     memory, key = call.memory(method), ("first", call.batch)
     if key not in memory:
-        memory[key] = (call.layout.group != Group.PAD).int().argmax(1)[:, None]
+        memory[key] = call.layout.first[:, None]
     return memory[key] if device is None else memory[key].to(device)
 
 
@@ -293,7 +292,7 @@ def _left(call: Call, method: HeadMethod, kept: Kept, held: Held) -> tuple[Kept,
         counts = counts * keep
         counts = torch.where(total > 0, counts.scatter(1, slot, total), counts)
         keep = keep.scatter(1, slot, True)
-    index = (~keep).int().argsort(dim=1, stable=True)[:, : int(keep.sum(1).max())].sort(1).values
+    index = places(keep)
     columns = columns.gather(1, index)
     visible = nn.functional.pad(kept.visible, (0, past - kept.visible.shape[1]), value=True)
     size = None if kept.size is None else nn.functional.pad(kept.size, (0, past - kept.size.shape[1]), value=1)
@@ -364,16 +363,6 @@ def check_scores(method: Method, name: str, facts: ModelFacts, heads: int) -> No
 def masked_where_needed(method: Any, facts: ModelFacts) -> Any:
     """A method with a ``mode``, masked where the model's cache cannot let columns go."""
     return method if facts.causal or method.mode == "mask" else replace(method, mode="mask")
-
-
-def check_mode(method: Any) -> None:
-    """Refuse a ``mode`` that is none.
-
-    Raises:
-        ValueError: neither ``"drop"`` nor ``"mask"``.
-    """
-    if method.mode not in ("drop", "mask"):
-        raise ValueError(f'{method.name}: mode={method.mode!r} is neither "drop" nor "mask"')
 
 
 __all__ = ["HeadMethod", "Held", "Scores", "Seen", "View", "first_columns", "streams"]

@@ -398,9 +398,8 @@ def slice_arguments(kwargs: Mapping[str, Any], start: int, stop: int) -> dict[st
         value = sliced.get(name)
         if isinstance(value, Tensor):
             sliced[name] = value.narrow(dim, start, stop - start)
-    if start and isinstance(
-        kwargs.get("input_ids"), Tensor
-    ):  # it puts the images in by itself, and did with the first rows
+    # A text model that puts the images in by itself did so with the first rows.
+    if start and isinstance(kwargs.get("input_ids"), Tensor):
         sliced.update(dict.fromkeys(IMAGE_ARGUMENTS & sliced.keys()))
     masks = kwargs.get("visual_pos_masks")
     if isinstance(masks, Tensor) and kwargs.get("deepstack_visual_embeds") is not None:

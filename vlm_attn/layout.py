@@ -70,6 +70,11 @@ class TokenLayout:
         return self.group.shape[1]
 
     @property
+    def first(self) -> Tensor:
+        """``[B]`` the first column of every row that is no padding."""
+        return (self.group != Group.PAD).int().argmax(1)
+
+    @property
     def visual(self) -> Tensor:
         """``[B, P]`` bool: image tokens."""
         return self.group == Group.VISUAL
@@ -144,6 +149,21 @@ def build_layout(
     if attention_mask is not None:
         group[attention_mask.to(visual.device) == 0] = int(Group.PAD)
     return TokenLayout(group=group, images=tuple(images), query=tuple(query))
+
+
+def padding(mask: Tensor | None, batch: int) -> list[int]:
+    """Number of padding columns before each row's prompt.
+
+    Raises:
+        ValueError: padding on the right or in the middle.
+    """
+    if mask is None:
+        return [0] * batch
+    kept = mask != 0
+    first = kept.int().argmax(1)
+    if not bool((kept.int().cumsum(1)[:, -1] == mask.shape[1] - first).all()):
+        raise ValueError('prompts must be padded on the left: processor.tokenizer.padding_side = "left"')
+    return first.tolist()
 
 
 def is_span(value: Any) -> bool:

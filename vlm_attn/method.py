@@ -192,6 +192,41 @@ def check_range(method: Method, field: str, low: float, high: float, *, open_low
         raise ValueError(f"{method.name}: {field}={value!r} is outside {'(' if open_low else '['}{low:g}, {high:g}]")
 
 
+def check_flag(method: Method, field: str) -> None:
+    """Refuse what is no switch.
+
+    Raises:
+        TypeError: neither True nor False.
+    """
+    value = getattr(method, field)
+    if not isinstance(value, bool):
+        raise TypeError(f"{method.name}: {field} must be True or False, got {value!r}")
+
+
+def check_choice(method: Method, field: str, known: tuple[str, str]) -> None:
+    """Refuse a word that is neither of two.
+
+    Raises:
+        ValueError: names the field, the value and what is allowed.
+    """
+    value = getattr(method, field)
+    if value not in known:
+        raise ValueError(f'{method.name}: {field}={value!r} is neither "{known[0]}" nor "{known[1]}"')
+
+
+def unknown_turn(method: Method, what: str) -> ValueError:
+    """The error for a cache that was filled without a method that needs to have seen it filled.
+
+    Args:
+        method: the method.
+        what: what is unknown, such as ``"its heads are"``.
+    """
+    return ValueError(
+        f"{method.name}: the cache passed in was filled without {method.name}, so {what} unknown. "
+        "Run the first turn with the same patched model, or pass no cache"
+    )
+
+
 def layer_tuple(method: Method, field: str, *, empty: bool = False) -> None:
     """Turn a field given as an int or a sequence of ints into a tuple, in place of what was passed.
 
@@ -224,7 +259,10 @@ __all__ = [
     "ModelFacts",
     "ScoreEdit",
     "at_depth",
+    "check_choice",
+    "check_flag",
     "check_layers",
     "check_range",
     "layer_tuple",
+    "unknown_turn",
 ]

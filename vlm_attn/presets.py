@@ -11,7 +11,12 @@ from typing import Any
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.registry import suggest
 
-CALIBRATED = ("gift", "var", "duo", "razor")  # what evals/calibrate.py measures
+CALIBRATED = (
+    "gift",
+    "var",
+    "duo",
+    "razor",
+)  # methods that cannot do without constants which evals/calibrate.py measures
 FOLDER = Path(__file__).parent / "presets"
 
 

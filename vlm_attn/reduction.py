@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm_attn.kernels import Edit
-from vlm_attn.method import Method, ModelFacts
+from vlm_attn.method import Method, ModelFacts, check_choice, check_flag
 
 if TYPE_CHECKING:
     from vlm_attn.call import Call
@@ -93,16 +93,14 @@ class Reducer(Method):
 
     def __post_init__(self) -> None:
         self.check()
-        if not isinstance(self.compensate, bool):
-            raise TypeError(f"{self.name}: compensate must be True or False, got {self.compensate!r}")
+        check_flag(self, "compensate")
         own = type(self).merge is not Reducer.merge or type(self).skipped is not Reducer.skipped
         if self.compensate and (own or self.merges or self.timed):
             raise ValueError(
                 f"{self.name}: compensate=True would hand back as one token what {self.name} itself merges, puts back or takes "
                 "away later: leave it out, or choose a method that only selects, such as fastv or divprune"
             )
-        if self.mode not in ("drop", "mask"):
-            raise ValueError(f'{self.name}: mode={self.mode!r} is neither "drop" nor "mask"')
+        check_choice(self, "mode", ("drop", "mask"))
 
     def check(self) -> None:
         """Check ``keep``."""

@@ -116,9 +116,8 @@ class Merger:
             self.handles += [
                 layer.self_attn.register_forward_pre_hook(self.weigh, with_kwargs=True),
                 layer.self_attn.k_proj.register_forward_hook(self.read_keys),
-                layer.register_forward_hook(
-                    partial(self.merge, index), prepend=True
-                ),  # before the host notes its output
+                # before the host notes its output
+                layer.register_forward_hook(partial(self.merge, index), prepend=True),
             ]
 
     def begin(self, module: Any, args: Any, kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import vlm_attn
 from tests import tiny
 from tests.engine.test_saliency import GRIDS
 from tests.hallucination.test_gift import columns, gift_hand, map_by_hand
-from tests.helpers import ACTIVE, close, differ, generate, logits, on
+from tests.helpers import ACTIVE, close, differ, generate, logits, on, same
 from tests.oracle import Hand, attentions, oracle
-from vlm_attn import diffusion
+from vlm_attn import diffusion, registry
 from vlm_attn.patching import engine_of
 
 GIFT = ACTIVE["gift"]
@@ -91,6 +92,22 @@ class TestGaze:
         else:
             assert not found["drop"][:, ~left.mask].any()
             assert found["drop"][:, left.mask].all()
+
+    def test_calls_of_other_threads_wait(self) -> None:
+        """They run with what the model is patched with, not with what it is looked at with."""
+        model, inputs = tiny.llava()
+        x = inputs([[3, "image", 9]])
+        found = []
+        with on(model, "gift"):
+            wanted = generate(model, x)
+            thread = threading.Thread(target=lambda: found.append(generate(model, x)))
+            with engine_of(model).observed(lambda methods: [registry.build("pai", alpha=0.9)]):
+                thread.start()
+                thread.join(0.2)
+                assert thread.is_alive()
+            thread.join()
+        same(found[0], wanted)
+        differ(wanted[1], generate(model, x)[1])
 
     def test_wrong_input(self) -> None:
         model, inputs = tiny.llava()
