@@ -63,9 +63,9 @@ def warn_if_untested() -> None:
         )
 
 
-def implementation(config: Any) -> str | None:
-    """The attention implementation that a config names; None if it names none."""
-    return getattr(config, "_attn_implementation", None)
+def implementation(config: Any) -> str:
+    """The attention implementation that a config names, empty if it names none."""
+    return getattr(config, "_attn_implementation", None) or ""
 
 
 def check_editable(model: Any, text_config: Any) -> str:
