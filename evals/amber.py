@@ -8,7 +8,8 @@ of the image's words, is associated with one, or is similar to one of these.
 * Cover: the image's words that a noun stands for / all of them, over all images;
 * Cog: the same over the words that the annotators expected to be invented.
 
-Questions: accuracy over all, and precision, recall and F1 of the answer *no*. AMBER score: ``(100 - CHAIR + F1) / 2``.
+Questions: accuracy over all, and precision, recall and F1 of the answer *no*. AMBER score: ``(100 - CHAIR + F1) / 2``; the
+released scorer does not print it, and it could not be checked against the paper.
 
 Two steps differ from the released scorer. Nouns come from textblob's tagger and simplemma's lemmas, which carry their data,
 instead of NLTK's; of AMBER's words it takes some for verbs ("the sink", "a bear"), which then do not count. And similar means
@@ -219,9 +220,7 @@ class Amber:
         for noun, start, end in self.mentions(answer):
             place = self._place(noun, truth, exact)
             if noun not in self.safe_words and place is None:
-                expected = self._place(noun, likely, exact)
-                expected = self._place(noun, likely, similar) if expected is None else expected
-                cognitive |= set() if expected is None else {expected}
+                cognitive |= {self._place(noun, likely, exact), self._place(noun, likely, similar)} - {None}
                 place = self._place(noun, truth, similar)
             if noun not in self.safe_words and place is not None:
                 covered.add(place)

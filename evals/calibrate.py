@@ -7,7 +7,8 @@ is enhanced, as in the released settings of LLaVA-1.5-7B. VAR: sinks are massive
 ``tau`` times its RMS (arXiv 2503.03321), in most prompts. VHR: the layers whose heads' outputs change most when the picture is
 taken away, as many as the paper reinforces. PAI, PAINT: the layers from where the first token has become the sink on. These two
 rules are ours: the papers give the layers of LLaVA-1.5-7B. What the papers leave to the reader, strength and band,
-``--search`` chooses by CHAIR among a small grid. ``duo`` and ``razor`` have profiles of their own: `evals/heads.py`.
+``--search`` chooses by CHAIR among a small grid. ``duo`` and ``razor`` have profiles of their own, and ``--heads`` finds the
+heads that look at what a caption names: `evals/heads.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from vlm_attn.call import Call
 from vlm_attn.evals import chair, pope, runner
 from vlm_attn.evals._extras import require
 from vlm_attn.evals.coco import CocoDataset
-from vlm_attn.evals.heads import PROFILES, STEPS
+from vlm_attn.evals.heads import PROFILES, STEPS, visual_profile
 from vlm_attn.evals.prompts import build_inputs
 from vlm_attn.evals.report import signed
 from vlm_attn.evals.specs import MethodSpec, unknown
@@ -48,8 +49,9 @@ VHR_SHARE = 15 / 32  # of the layers: "the second and the last 14", arXiv 2412.1
 TAU = 20.0  # times the RMS: a massive dimension
 SEEN = 0.2  # visual mass from which a head is image-centric, arXiv 2503.03321
 ALPHAS = (1.0, 3.0, 5.0)  # strengths of the grid
+SHOWN = 10  # visual retrieval heads in the table
 LOST_RECALL = 0.01  # a setting that loses more than this against the plain model buys its score with silence
-MEASURED = ("layers", "sinks", "peaks", "heads", "image_centric", "divergence", "grid", "check")
+MEASURED = ("layers", "sinks", "peaks", "heads", "image_centric", "divergence", "visual_heads", "grid", "check")
 FACTS = (
     "model_type",
     "text_config.num_hidden_layers",
@@ -429,6 +431,18 @@ def profile_table(found: dict[str, Any]) -> Table:
     return table
 
 
+def heads_table(found: dict[str, Any]) -> Table:
+    """The heads that look most often at what a caption names."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{found['mentions']} mentions, by chance {found['chance']:.0%}")
+    for name in ("layer", "head", "looks at what is named", "visual mass"):
+        table.add_column(name, justify="right")
+    score, mass = torch.tensor(found["score"]), torch.tensor(found["mass"])
+    for place in score.flatten().argsort(descending=True, stable=True)[:SHOWN].tolist():
+        layer, head = divmod(place, score.shape[1])
+        table.add_row(str(layer), str(head), f"{score[layer, head]:.0%}", f"{mass[layer, head]:.3f}")
+    return table
+
+
 def check_table(check: dict[str, Any], chosen: str) -> Table:
     """The grid of ``--check``, and what the choice loses."""
     figures = {"CHAIR_I": check["chair_i"], "POPE adversarial F1": check["pope_adversarial_f1"]}
@@ -455,11 +469,15 @@ def grid_table(metrics: dict[str, dict[str, Any]], chosen: str) -> Table:
 
 
 def plot(found: dict[str, Any], constants: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw what was measured: gaze shift and masses by layer, with GIFT's choice; visual mass of every head."""
+    """Draw what was measured: gaze shift and masses by layer, with GIFT's choice; visual mass of every head, and how often it
+    looks at what is named."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    shift, mass, heads = figure.subplots(1, 3)
+    tables = {"visual mass of every head": found["heads"]}
+    if "visual_heads" in found:
+        tables["looks at what is named"] = found["visual_heads"]["score"]
+    figure = Figure(figsize=(7.4 + 3.6 * len(tables), 3.6), layout="constrained")
+    shift, mass, *maps = figure.subplots(1, 2 + len(tables))
     layers = range(len(found["layers"]))
     shift.bar(layers, [row["shift"] for row in found["layers"]])
     shift.set(title="total gaze shift", xlabel="layer")
@@ -471,9 +489,10 @@ def plot(found: dict[str, Any], constants: dict[str, dict[str, Any]], path: Path
         shift.patches[gift["saliency_layers"][0]].set_color("tab:red")
         mass.axvspan(gift["enhance_layers"][0] - 0.5, gift["enhance_layers"][-1] + 0.5, alpha=0.15, label="enhanced")
     mass.legend(fontsize="small")
-    shown = heads.imshow(found["heads"], vmin=0, vmax=1, aspect="auto")
-    heads.set(title="visual mass of every head", xlabel="head", ylabel="layer")
-    figure.colorbar(shown, ax=heads)
+    for axes, (title, table) in zip(maps, tables.items(), strict=True):
+        shown = axes.imshow(table, vmin=0, vmax=1, aspect="auto")
+        axes.set(title=title, xlabel="head", ylabel="layer")
+        figure.colorbar(shown, ax=axes)
     figure.savefig(path, dpi=110)
 
 
@@ -503,6 +522,7 @@ def calibrate(
     checked: int = 0,
     batch_size: int = 8,
     steps: int = STEPS,
+    captioned: int = 0,
     console: Console | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure a model and choose constants.
@@ -519,27 +539,36 @@ def calibrate(
         checked: further images on which the choice is compared with the whole grid.
         batch_size: rows per forward.
         steps: training steps of `duo`'s gates.
+        captioned: images on whose captions visual retrieval heads are looked for; 0 = none.
         console: where tables are printed; None: nowhere.
 
     Returns:
         The preset, and what was measured.
 
     Raises:
-        ValueError: a method without a rule, a search without gift, or fewer images than asked for.
+        ValueError: a method without a rule, a search without gift, fewer images than asked for, or none of those to be
+            captioned has a box.
     """
     check(methods)
     if searched and "gift" not in methods:
         raise ValueError("--search compares settings of gift: name --method gift too, or leave it out")
     if checked and not searched:
         raise ValueError("--check compares the choice of --search: give --search a number of images too")
-    if max(limit, searched + checked) > len(dataset.image_ids):
+    most = max(limit, searched + checked, captioned)
+    if most > len(dataset.image_ids):
         raise ValueError(
-            f"{max(limit, searched + checked)} images are asked for, but {dataset.name} has {len(dataset.image_ids)}: "
-            "lower --limit, --search or --check"
+            f"{most} images are asked for, but {dataset.name} has {len(dataset.image_ids)}: "
+            "lower --limit, --search, --check or --heads"
+        )
+    if captioned and not any(map(dataset.boxes, dataset.image_ids[:captioned])):
+        raise ValueError(
+            f"--heads needs the objects' boxes, and the first {captioned} images of {dataset.name} have none"
         )
     found = measure(model, processor, dataset, prompt=prompt, limit=limit, batch_size=batch_size)
     if "vhr" in methods:
         found["divergence"] = divergences(model, processor, dataset, prompt=prompt, limit=limit, batch_size=batch_size)
+    if captioned:
+        found["visual_heads"] = visual_profile(model, processor, dataset, limit=captioned, prompt=chair.PROMPT)
     found |= {"data": dataset.name, "image_ids_sha256": image_ids_hash(dataset.image_ids[:limit])}
     constants, why = {}, {}
     for method in methods:
@@ -549,6 +578,8 @@ def calibrate(
             constants[method], why[method] = PROFILES[method](model, processor, dataset, steps)
     if console is not None:
         console.print(profile_table(found))
+        if captioned:
+            console.print(heads_table(found["visual_heads"]))
     if searched:
         specs = gift_grid(constants["gift"], len(found["layers"]))
         shared: dict[str, Any] = {"model_name": model_name, "batch_size": batch_size}

@@ -3,9 +3,12 @@
     vlm-attn calibrate MODEL --method duo --method razor -o preset.json
 
 Duo (arXiv 2410.10819): a gate per KV head mixes full and streaming attention; only the gates are trained, so that the last
-hidden states of passkeys that are repeated stay what full attention makes of them, at a price for every open gate. Razor (arXiv
-2407.15891): random words, four times over; a head's echo score is what a word pays its earlier copies, its induction score what
-it pays the words behind those.
+hidden states of passkeys that are repeated stay what full attention makes of them, at a price for every open gate. Deviations:
+passkeys stand among random words, not in books; the learning rate is constant, the released one rises and falls; and whether
+its price is on the mean of the gates or on their sum could not be seen.
+
+Razor (arXiv 2407.15891): random words, four times over; a head's echo score is what a word pays its earlier copies, its
+induction score what it pays the words behind those.
 """
 
 from __future__ import annotations

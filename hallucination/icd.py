@@ -28,8 +28,9 @@ class Icd(Contrastive):
         beta: a token must be at least this share of the likeliest one's probability. Range 0..1; 0 = no cut.
         prefix: what is put before the question: text, which needs ``patch(processor=)``, or token ids.
 
-    The paper's idea with a wording of ours, and the formula of VCD: neither could be checked against the released code. Cost: a
-    second prompt (its picture is encoded once) and a second forward for every token.
+    Formula, ``alpha`` and ``beta`` are those of the released scripts. These try five prefixes; the default here is one of them,
+    shortened. Deviation: for InstructBLIP they give the prefix to the query transformer, here the language model reads it.
+    Cost: a second prompt (its picture is encoded once) and a second forward for every token.
     """
 
     name: ClassVar[str] = "icd"

@@ -45,9 +45,10 @@ class Vhr(Method):
         rows: ``"all"`` reinforces every row, the prompt's too; ``"last"`` the last prompt token and all later ones.
 
     Before the prompt runs, it runs once beside itself without the image's tokens and markers, two rows per prompt. Layer by
-    layer in that pass, with the layers below already reinforced in both rows, the heads are chosen from the last row
-    (algorithm 1). By default all rows are reinforced, so that keys and values fit each other; the paper asks for consistency
-    and does not say which rows. A later turn keeps the heads of the first. On a canvas
+    layer in that pass (algorithm 1) the heads are chosen from the last row. Three things are our reading, as no code could be
+    checked: layers below are already reinforced in both rows; "the second" layer is layer 1; and all rows are reinforced by
+    default, so that keys and values fit each other, for which the paper asks without naming rows. A later turn keeps the heads
+    of the first. On a canvas
     (``vlm_attn.diffusion``) the pass sees the prompt as the denoising steps do, and the heads stay for all steps. Cost: one
     prompt of two rows.
     """

@@ -116,7 +116,10 @@ REDUCERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "prumerge": ({}, {}),
     "pyramid_drop": ({}, {"layers": (2,)}),
     "random": ({}, {"seed": 1}),
-    "sparsevlm": ({"keep": 0.3, "recycle": 1.0}, {"layers": (1,), "recycle": 0.2, "clusters": 0.5}),
+    "sparsevlm": (
+        {"keep": 0.3, "recycle": 1.0},
+        {"layers": (1,), "counts": (0.9, 0.5), "recycle": 0.2, "clusters": 0.5},
+    ),
     "tome": ({}, {}),
     "trim": ({}, {"summary": False}),
     "visionzip": ({}, {"contextual": 0.4}),

@@ -25,9 +25,8 @@ class CDPruner(ClipReducer):
         keep: default 64 of 576, as a share.
         clip: see :class:`~vlm_attn.visual_token_ops.clip.ClipReducer`.
 
-    x are the projected features. The cosine of patch and question is *negated*, as the paper has it: single patches of CLIP
-    are less like a text the more they show of it. The set is found greedily (MAP). Deviation: the question goes through CLIP
-    sentence by sentence.
+    x are the projected features. The cosine of patch and question is *negated*, as the released code has it. The set is found
+    greedily (MAP). Deviation: the question goes through CLIP sentence by sentence.
     """
 
     name: ClassVar[str] = "cdpruner"

@@ -46,9 +46,10 @@ class Razor(HeadMethod):
             a key whose logit is raised by ``log n``.
         mode: see `vlm_attn.visual_token_ops.Duo`.
 
-    A group of query heads goes by its largest score. The prompt runs in full; rows from its last token on are edited. The mean
-    of rotated keys mixes positions, as in the paper. Where the paper takes the window over the prompt once, here it moves on
-    with every row, and what leaves it joins the mean.
+    A group of query heads goes by its largest score. The prompt runs in full; rows from its last token on are edited. Shares
+    and scores are those of a port to MindSpore; the compensation token's formula, a mean that counts n times, could not be
+    checked against the paper. The mean of rotated keys mixes positions. Where the paper takes the window over the prompt once,
+    here it moves on with every row, and what leaves it joins the mean.
     """
 
     name: ClassVar[str] = "razor"

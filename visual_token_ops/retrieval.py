@@ -195,13 +195,16 @@ def waad(near: Tensor, window: int = 10) -> Tensor:
     return (near * (place[:, None] - place).clamp(0, window)).sum(-1)
 
 
-def fai(far: Tensor, low: int = 10, high: int = 50, *, columns: Tensor | None = None) -> Tensor:
+def fai(
+    far: Tensor, low: int = 10, high: int = 50, *, rows: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
     """Future attention influence of every column: the mean of ``A[t, s]`` over rows ``s + low <= t <= s + high``.
 
     Args:
         far: ``[N, N]`` mean map of the global heads.
         low: first row that counts, behind the column.
         high: last row that counts; rows beyond the map do not.
+        rows: the rows t that count at all, such as the answer's; None = all.
         columns: the columns wanted; the image's give the visual FAI. None = all.
 
     Returns:
@@ -215,6 +218,8 @@ def fai(far: Tensor, low: int = 10, high: int = 50, *, columns: Tensor | None = 
     place = torch.arange(far.shape[-1])
     behind = place[:, None] - place
     counts = (behind >= low) & (behind <= high)
+    if rows is not None:
+        counts &= torch.zeros(len(far), 1, dtype=torch.bool).index_fill(0, rows, True)
     found = (far * counts).sum(0) / counts.sum(0).clamp_min(1)
     return found if columns is None else found[columns]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlm_attn.call import Call
 from vlm_attn.method import Method, ModelFacts, check_range, layer_tuple
-from vlm_attn.reduction import Keep, Picture, Reducer, highest, kept_count, scaled
+from vlm_attn.reduction import Keep, Picture, Reducer, check_keep, highest, kept_count, scaled
 from vlm_attn.visual_token_ops.visionzip import others
 
 RATING = (2, 6, 15)  # layers, of 32
@@ -33,6 +33,8 @@ class SparseVLM(Reducer):
         keep: the mean budget, as the paper counts it (192, 128, 96 or 64 of 576): its list of tokens per stage is used. For
             anything between, the nearest list is scaled; with another number of layers, ``keep`` is left after the last
             one and the stages before it go down evenly.
+        counts: tokens left after each stage in place of all that, one for every layer: all shares or all numbers, none above
+            the one before it. Empty = by ``keep``.
         recycle: share of the dropped tokens, the best rated, that is summed up; 0 = no recycling. Range 0..1.
         clusters: their number, as a share of what is recycled, plus one. Range 0..1.
 
@@ -46,6 +48,7 @@ class SparseVLM(Reducer):
 
     layers: tuple[int, ...] = ()
     keep: Keep = 1 / 3
+    counts: tuple[Keep, ...] = ()
     recycle: float = 0.3
     clusters: float = 0.1
 
@@ -55,12 +58,39 @@ class SparseVLM(Reducer):
             layer_tuple(self, "layers")
         if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
             raise ValueError(f"sparsevlm: layers={self.layers} must be ascending and begin at 0 or later")
+        given: Any = self.counts
+        object.__setattr__(self, "counts", (given,) if isinstance(given, int | float) else tuple(given))
+        for count in self.counts:
+            check_keep(self, "counts", count)
+        if len(set(map(type, self.counts))) > 1 or list(self.counts) != sorted(self.counts, reverse=True):
+            raise ValueError(
+                f"sparsevlm: counts={self.counts} must be all shares (floats) or all numbers (ints), none above the one before"
+            )
         check_range(self, "recycle", 0, 1)
         check_range(self, "clusters", 0, 1)
 
+    @property
+    def neutral(self) -> bool:
+        """Everything is kept."""
+        return self.counts[-1] == 1.0 and isinstance(self.counts[-1], float) if self.counts else super().neutral
+
     def bind(self, facts: ModelFacts) -> Method:
         """The paper's layers, unless others are given."""
-        return Reducer.bind(replace(self, layers=self.layers or scaled(RATING, facts.layers)), facts)
+        layers = self.layers or scaled(RATING, facts.layers)
+        if self.counts and len(self.counts) != len(layers):
+            raise ValueError(f"sparsevlm: counts={self.counts} for layers {layers}: give one for every layer")
+        return Reducer.bind(replace(self, layers=layers), facts)
+
+    def start(self, call: Call, processor: Any) -> None:
+        """Check the largest count as well."""
+        super().start(call, processor)
+        least = min((image.stop - image.start for image in call.prompt.images), default=0)
+        most = max(self.counts, default=0)
+        if least and isinstance(most, int) and most > least:
+            raise ValueError(
+                f"sparsevlm: counts={self.counts} begins with more than the {least} tokens of an image: give numbers of "
+                f"1..{least}, or shares in (0, 1]"
+            )
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -76,6 +106,8 @@ class SparseVLM(Reducer):
         """Tokens after a stage; the first takes none."""
         if stage == 0:
             return total
+        if self.counts:
+            return kept_count(self.counts[stage - 1], total)
         budget = kept_count(self.keep, total) / total
         if len(self.layers) != 3:
             return kept_count(budget ** (stage / len(self.layers)), total)

@@ -32,8 +32,8 @@ class ToMe(Reducer):
 
     For the towers of CLIP and SigLIP whose patches are the image's tokens one by one. Tiles of LLaVA-NeXT are merged one by
     one to the share ``keep``; newline tokens all stay, and padding goes, so that the number there is near ``keep``, not exact.
-    Deviations: pairs become one behind a layer's MLP, not between its attention and its MLP; tokens stay in raster order, so
-    which are "every second" differs from the released code from the second layer on.
+    Deviations: pairs become one behind a layer's MLP, not between its attention and its MLP; patches are counted without the
+    CLS token, which the released code counts first, and stay in raster order, so which are "every second" differs from it.
     """
 
     name: ClassVar[str] = "tome"

@@ -91,6 +91,9 @@ def test_captions_by_hand(folder: Path) -> None:
     similar = score(data, 1, "a puppy", lambda noun, word: {noun, word} == {"puppy", "person"} or noun == word)
     assert [m["hallucinated"] for m in similar["mentions"]] == [False]
     assert similar["covered"] == 1
+    # The scorer asks for equals and then for likes, so one noun may stand for two likely inventions.
+    both = score(data, 1, "a dog", lambda noun, word: noun == word or {noun, word} == {"dog", "cloud"})
+    assert both["cognitive"] == 2
 
 
 def test_figures_by_hand(folder: Path, tmp_path: Path) -> None:

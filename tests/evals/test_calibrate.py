@@ -1,6 +1,7 @@
 """The measurements behind a preset, against full attention maps of the same model."""
 
 import json
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import vlm_attn
 from tests import tiny
@@ -198,9 +200,17 @@ def test_preset_is_used(bundled: tuple, tmp_path: Path) -> None:
     from vlm_attn.evals.calibrate import write
 
     model, processor, dataset = bundled
+    console = Console(record=True, width=120, file=StringIO())
+    counts = {"limit": 4, "searched": 2, "checked": 2, "captioned": 2}
     preset, found = calibrate(
-        model, processor, dataset, ["gift", "var", "vhr", "pai"], limit=4, searched=2, checked=2, **OPTIONS
+        model, processor, dataset, ["gift", "var", "vhr", "pai"], console=console, **counts, **OPTIONS
     )
+    profile = preset["measurements"]["visual_heads"]
+    best = max(max(row) for row in profile["score"])
+    assert best > profile["chance"] > 0
+    printed = console.export_text()
+    assert f"{profile['mentions']} mentions" in printed
+    assert f"{best:.0%}" in printed
     file = tmp_path / "mine.json"
     picture = write(preset, found, file)
     assert picture.stat().st_size > 5000
@@ -208,6 +218,7 @@ def test_preset_is_used(bundled: tuple, tmp_path: Path) -> None:
     assert written["methods"]["gift"]["saliency_layers"] == [3]
     grid = written["measurements"]["grid"]
     assert len(grid) == 10
+    assert written["measurements"]["visual_heads"] == profile
     assert set(written["measurements"]["check"]["chair_i"]["values"]) == set(grid)
     assert "2 other images" in written["provenance"]["gift"]
     with vlm_attn.patched(model, "gift", preset=str(file), processor=processor):
@@ -229,6 +240,7 @@ def test_preset_is_used(bundled: tuple, tmp_path: Path) -> None:
         (["gift"], {"limit": 2, "searched": 10, "checked": 3}, "13 images are asked for"),
         (["gift"], {"limit": 2, "checked": 3}, "--search"),
         (["var"], {"limit": 2, "searched": 3}, "--method gift"),
+        (["gift"], {"limit": 2, "captioned": 13}, "13 images are asked for"),
     ],
 )
 def test_wrong_input(bundled: tuple, methods: list[str], options: dict, message: str) -> None:

@@ -96,6 +96,26 @@ class TestCounts:
         assert method.stages == (0, 3, 7, 16)
         assert method.read_layers == (2, 6, 15)
 
+    @pytest.mark.parametrize(
+        ("counts", "left"),
+        [
+            ((300, 144, 7), [300, 144, 7]),
+            ((0.5, 0.25, 0.125), [288, 144, 72]),
+            ([1.0, 1.0, 0.5], [576, 576, 288]),
+        ],
+    )
+    def test_sparsevlm_by_counts(self, counts: Any, left: list[int]) -> None:
+        method = SparseVLM(counts=counts, keep=1.0).bind(FACTS)
+        assert isinstance(method, SparseVLM)
+        assert [method.left(stage, 576) for stage in range(4)] == [576, *left]
+        assert not method.neutral
+        assert SparseVLM(counts=(1.0, 1.0, 1.0)).neutral
+
+    @pytest.mark.parametrize("counts", [(3, 4, 5), (0.5, 3, 2), (0.5, 0.0, 0.0), (9, 3)])
+    def test_sparsevlm_refuses_counts(self, counts: Any) -> None:
+        with pytest.raises(ValueError, match="counts"):
+            SparseVLM(counts=counts).bind(FACTS)
+
 
 class TestBeforeTheModel:
     def test_random(self) -> None:

@@ -83,6 +83,7 @@ class TestSpans:
         far = torch.tensor([[1.0, 0, 0, 0], [0.4, 0.6, 0, 0], [0.2, 0.3, 0.5, 0], [0.9, 0.1, 0.0, 0.0]])
         close(fai(far, 1, 2), torch.tensor([0.3, 0.2, 0.0, 0.0]))
         close(fai(far, 3, 50, columns=torch.tensor([0, 1])), torch.tensor([0.9, 0.0]))
+        close(fai(far, 1, 2, rows=torch.tensor([2, 3])), torch.tensor([0.2, 0.2, 0.0, 0.0]))
         with pytest.raises(ValueError, match="low"):
             fai(far, 3, 2)
 

@@ -461,6 +461,9 @@ def calibrate(
     check: Annotated[
         int, typer.Option(help="Then see on this many other images what that choice loses against the best.", min=0)
     ] = 0,
+    heads: Annotated[
+        int, typer.Option(help="Also find the heads that look at what a caption names, on this many images.", min=0)
+    ] = 0,
     prompt: Annotated[
         str, typer.Option(help="The question of the measurement.")
     ] = "Please describe this image in detail.",
@@ -499,6 +502,7 @@ def calibrate(
         limit=limit,
         searched=search,
         checked=check,
+        captioned=heads,
         batch_size=batch_size,
         steps=steps,
         console=console_of(),
