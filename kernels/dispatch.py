@@ -144,8 +144,8 @@ def triton_refuses(facts: Facts) -> str | None:
 
 
 def _segmented_refuses(facts: Facts) -> str | None:
-    if "," in facts.score:
-        return f"score edits of {facts.score}: allowed is one"
+    if facts.score not in ("", "magnitude", "logit", "head_mean"):
+        return f"score edits of {facts.score}: allowed is one, of magnitude, logit or head_mean, with all heads in one process"
     if facts.edits > 1:
         return f"{facts.edits} edits in one layer, allowed is 1: edited.merged makes one of several where it can"
     if facts.segments > MOST_SEGMENTS:
@@ -266,7 +266,7 @@ def edited_attention(
         softcap is not None,
         len(weighed),
         weighed[0].segments.shape[2] if weighed else 0,
-        score=",".join(score.of for score in scores),
+        score=",".join(score.kind for score in scores),
     )
     run = choose("edited_attention", facts, backend).run
     where = {"offset": offset, "row": row}

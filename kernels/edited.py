@@ -116,6 +116,11 @@ class ScoreEdit(Columns):
         self.from_row = from_row
         self.head_mean: Policy = _head_mean
 
+    @property
+    def kind(self) -> str:
+        """What of the logits is added, as the dispatch asks a backend for it."""
+        return self.of if self.head_mean is _head_mean else f"{self.of} over processes"
+
     def weights(self, length: int, rows: int, offset: int | Tensor = 0, row: int | Tensor = 0) -> Tensor:
         """w of every row and key, ``[B, rows or 1, length]``."""
         weight = self.over(length, offset)[:, None, :, 0]

@@ -22,6 +22,7 @@ from vlm_attn.kernels import (
     segmented_attention,
 )
 from vlm_attn.kernels.dispatch import Facts, choose
+from vlm_attn.sharding import Heads
 
 from .running import DEVICE, why_not
 
@@ -40,6 +41,16 @@ def qkv(
 
 def facts(**changes: Any) -> Facts:
     return Facts(**{"device": "cuda", "dtype": torch.float16, "dim": 128, "rows": 1, "grad": False, **changes})
+
+
+def test_a_mean_over_the_heads_of_several_processes_is_not_left_to_a_kernel() -> None:
+    """The kernel would take the mean of the heads it has."""
+    edit = ScoreEdit(torch.ones(1, 5), "head_mean")
+    assert edit.kind == "head_mean"
+    spread = Heads(group=object()).edit(edit)
+    with pytest.raises(RuntimeError, match="score edits of head_mean over processes.*all heads in one process"):
+        edited_attention(*qkv(), [spread], scale=1.0, backend="triton")
+    assert choose("edited_attention", facts(score=spread.kind)).name == "grouped"
 
 
 def test_first_that_fits() -> None:
