@@ -7,18 +7,13 @@ masked-diffusion model on scenes: CHAIR, recall and POPE, with the forwards that
 
 from __future__ import annotations
 
-import json
-import platform
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich import box
 from rich.console import Console
@@ -29,8 +24,10 @@ import vlm_attn
 from vlm_attn import diffusion, registry
 from vlm_attn.evals import chair, pope, prompts, scenes, tasks
 from vlm_attn.evals.bench.flops import denoising_flops
-from vlm_attn.evals.bench.overhead import _summary, build_model
+from vlm_attn.evals.bench.overhead import build_model
+from vlm_attn.evals.bench.shared import clock_on, record, summary
 from vlm_attn.evals.models import load_model
+from vlm_attn.evals.runner import write_json
 from vlm_attn.evals.stats import difference
 
 KEEPS, STARTS = (0.5, 0.25, 0.1), (0.25, 0.5, 0.75)
@@ -136,7 +133,7 @@ def speed(
                 found[name] = {
                     **sizes,
                     "forwards": forwards[name],
-                    "time": _summary(ratios),
+                    "time": summary(ratios),
                     "flops": flops,
                     "speedup": 1 / statistics.median(ratios),
                     "reached": flops / statistics.median(ratios),  # 1 = as fast as the operations say
@@ -286,24 +283,8 @@ def denoise(
     wrong = [name for name in variant or [] if name not in known]
     if wrong:
         raise ValueError(f"--variant {wrong[0]!r}: there are {'; '.join(known)}")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if cpu_time and device.startswith("cuda"):
-        raise ValueError("--cpu-time says nothing about a GPU: leave it out")
-    if cpu_time:
-        torch.set_num_threads(1)
-    result: dict[str, Any] = {
-        "schema_version": 1,
-        "benchmark": "diffusion",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "clock": "CPU time" if cpu_time else "wall time",
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "vlm_attn": vlm_attn.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
+    device, now = clock_on(device, cpu_time)
+    result = record("diffusion", device, clock="CPU time" if cpu_time else "wall time")
     console = Console(width=max(Console().width, 220))
     chosen = variant or known
     if part != "quality":
@@ -318,16 +299,14 @@ def denoise(
         settings |= {"attention": attention, "repeats": repeats, "cache_repeats": cache_repeats}
         settings |= {"device": device, "dtype": dtype, "seed": seed}
         names = list(dict.fromkeys(["none", *(n for n in chosen if n in timed)]))
-        clock = time.process_time if cpu_time else time.perf_counter
-        result["speed"] = {"config": settings, **speed(names, **settings, now=clock)}
+        result["speed"] = {"config": settings, **speed(names, **settings, now=now)}
         _print_speed(console, result)
     if part != "speed":
         sizes = {"steps": steps_of_caption, "length": length_of_caption, "limit": limit, "pope_limit": pope_limit}
         result["quality"] = quality(chosen, model=model, **sizes)
         _print_quality(console, result["quality"])
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, result)
 
 
 def _print_speed(console: Console, result: dict[str, Any]) -> None:

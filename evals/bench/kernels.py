@@ -14,13 +14,10 @@ step would have to find first.
 from __future__ import annotations
 
 import inspect
-import json
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +30,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import vlm_attn
+from vlm_attn.evals.bench.shared import clock_on, record
+from vlm_attn.evals.runner import write_json
 from vlm_attn.hallucination import Gift, Var
 from vlm_attn.kernels import (
     Edit,
@@ -509,26 +507,14 @@ def measure(
         The result as it is written to JSON.
     """
     torch.manual_seed(seed)
-    result: dict[str, Any] = {
-        "schema_version": 1,
-        "benchmark": "kernels",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "vlm_attn": vlm_attn.__version__,
-            "torch": torch.__version__,
-            "triton": _triton_version(),
-            "python": platform.python_version(),
-        },
-        "config": {
-            "dtype": str(dtype).removeprefix("torch."),
-            "repeats": repeats,
-            "seed": seed,
-            "cuda_graphs": device == "cuda",
-            "flex": flex,
-        },
+    config = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "repeats": repeats,
+        "seed": seed,
+        "cuda_graphs": device == "cuda",
+        "flex": flex,
     }
+    result = record("kernels", device, config=config)
     with torch.no_grad():
         result["ceilings"] = ceilings(device, dtype)
         runs: tuple[Callable[..., dict[str, Any]], ...] = (decode_case, prefill_case)
@@ -540,14 +526,6 @@ def measure(
                 done(name, row)
                 result[name].append(row)
     return result
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
 
 
 def _print(console: Console, kind: str, row: dict[str, Any]) -> None:
@@ -595,12 +573,9 @@ def kernels(
 
     Example: vlm-attn bench kernels --device cpu --json kernels.json
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda", "auto"):
         raise ValueError(f"device {device!r}: expected cpu, cuda or auto")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda': there is none here")
+    device, _ = clock_on(device, cpu_time=False)
     wanted = dtype or ("bfloat16" if device == "cuda" else "float32")
     if wanted not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype {wanted!r}: expected float32, float16 or bfloat16")
@@ -620,8 +595,7 @@ def kernels(
         f"{reached['copy_bytes_per_second'] / 1e9:.3g} GB/s, matmul {reached['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s"
     )
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, result)
 
 
 def main() -> int:

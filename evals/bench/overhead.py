@@ -9,20 +9,15 @@ it is the only figure of a beam search (``opera``).
 
 from __future__ import annotations
 
-import json
-import platform
 import random
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import transformers
 import typer
 from rich import box
 from rich.console import Console
@@ -32,6 +27,8 @@ from rich.table import Table
 import vlm_attn
 from vlm_attn import registry
 from vlm_attn.branch import Decoding
+from vlm_attn.evals.bench.shared import Clock, clock_on, record, summary
+from vlm_attn.evals.runner import write_json
 from vlm_attn.hallucination import Gift, Icd, Var
 
 CAPTURED = 16
@@ -134,23 +131,9 @@ def variants(layers: int, hidden: int, names: Sequence[str] = ("gift", "var")) -
     return compared | {name: [ready.get(name) or registry.build(name)] for name in names}
 
 
-class _Clock:
-    """A streamer that only looks at the clock."""
-
-    def __init__(self, synchronize: Callable[[], None], now: Callable[[], float] = time.perf_counter) -> None:
-        self.synchronize, self.now, self.times = synchronize, now, []  # type: ignore[var-annotated]
-
-    def put(self, value: torch.Tensor) -> None:
-        self.synchronize()
-        self.times.append(self.now())
-
-    def end(self) -> None:
-        pass
-
-
 def time_once(model: Any, inputs: dict[str, Any], methods: list[Any] | None, tokens: int) -> tuple[float, float]:
     """Seconds of the prefill and of one decoded token (median)."""
-    clock = _Clock(torch.cuda.synchronize if inputs["input_ids"].is_cuda else lambda: None)
+    clock = Clock(inputs["input_ids"].device)
     if methods:
         vlm_attn.patch(model, methods)
     try:
@@ -164,12 +147,11 @@ def time_once(model: Any, inputs: dict[str, Any], methods: list[Any] | None, tok
 
 def time_whole(model: Any, inputs: dict[str, Any], methods: list[Any] | None, tokens: int) -> float:
     """Seconds of a whole ``generate``."""
-    clock = _Clock(torch.cuda.synchronize if inputs["input_ids"].is_cuda else lambda: None)
+    clock = Clock(inputs["input_ids"].device)
     with vlm_attn.patched(model, methods) if methods else nullcontext():
-        clock.put(inputs["input_ids"])
+        begun = clock.look()
         model.generate(**inputs, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
-        clock.put(inputs["input_ids"])
-    return clock.times[1] - clock.times[0]
+        return clock.look() - begun
 
 
 def streams(methods: list[Any] | None) -> bool:
@@ -224,22 +206,21 @@ def run(
     for name in compared:
         if name == "plain":
             continue
-        ratios[name] = {"whole": _summary([a / b for a, b in zip(whole[name], whole["plain"], strict=True)])}
+        ratios[name] = {"whole": summary([a / b for a, b in zip(whole[name], whole["plain"], strict=True)])}
         if not times[name]:
             continue
         prefill = [a[0] / b[0] for a, b in zip(times[name], times["plain"], strict=True)]
         decode = [a[1] / b[1] for a, b in zip(times[name], times["plain"], strict=True)]
         extra = [(a[0] - b[0]) / b[1] for a, b in zip(times[name], times["plain"], strict=True)]
         ratios[name] |= {
-            "prefill": _summary(prefill),
-            "decode": _summary(decode),
-            "prefill_extra_in_tokens": _summary(extra),
+            "prefill": summary(prefill),
+            "decode": summary(decode),
+            "prefill_extra_in_tokens": summary(extra),
         }
-    return {
-        "schema_version": 1,
-        "benchmark": "overhead",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": {
+    return record(
+        "overhead",
+        device,
+        config={
             "layers": layers,
             "hidden": hidden,
             "parameters": parameters,
@@ -250,23 +231,8 @@ def run(
             "dtype": dtype,
             "seed": seed,
         },
-        "device": torch.cuda.get_device_name()
-        if device.startswith("cuda")
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "vlm_attn": vlm_attn.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "ratios_to_plain": ratios,
-    }
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
-    return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+        ratios_to_plain=ratios,
+    )
 
 
 def overhead(
@@ -292,8 +258,7 @@ def overhead(
 
     Example: vlm-attn bench overhead --hidden 768 --method vcd --method guidance --method dola --json overhead.json
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, _ = clock_on(device, cpu_time=False)
     names = method or ["gift", "var"]
     try:
         variants(layers, hidden, names)
@@ -328,8 +293,7 @@ def overhead(
     )
     console.print(table)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, result)
 
 
 def main() -> int:

@@ -9,18 +9,14 @@ llava-7b`` is for GPUs: the sizes of LLaVA-1.5-7B.
 from __future__ import annotations
 
 import ctypes
-import json
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import transformers
 import typer
 from rich import box
 from rich.console import Console
@@ -30,7 +26,9 @@ from rich.table import Table
 import vlm_attn
 from vlm_attn import dropping, host, registry, visual_token_ops
 from vlm_attn.evals.bench.flops import prefill_flops
-from vlm_attn.evals.bench.overhead import _Clock, _summary, build_model
+from vlm_attn.evals.bench.overhead import build_model
+from vlm_attn.evals.bench.shared import Clock, clock_on, record, summary
+from vlm_attn.evals.runner import write_json
 from vlm_attn.reduction import Reducer, kept_count, scaled
 from vlm_attn.tower import Merger, descent
 
@@ -125,18 +123,16 @@ def time_once(
         before, 0 where the system does not tell. ``columns``: per layer.
     """
     cuda = inputs["input_ids"].is_cuda
-    clock = _Clock(torch.cuda.synchronize if cuda else lambda: None, now)
+    clock = Clock(inputs["input_ids"].device, now)
     spent = 0.0
     originals = dropping._reduce, Merger.merge
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def measured(*args: Any) -> Any:
             nonlocal spent
-            clock.synchronize()
-            start = now()
+            start = clock.look()
             result = function(*args)
-            clock.synchronize()
-            spent += now() - start
+            spent += clock.look() - start
             return result
 
         return measured
@@ -150,8 +146,7 @@ def time_once(
         dropping._reduce, Merger.merge = timed(originals[0]), timed(originals[1])  # type: ignore[method-assign]
         vlm_attn.patch(model, method)
     try:
-        clock.synchronize()
-        start = now()
+        start = clock.look()
         out = model.generate(
             **inputs,
             do_sample=False,
@@ -200,11 +195,7 @@ def run(
     Returns:
         The result as it is written to JSON.
     """
-    if cpu_time and device.startswith("cuda"):
-        raise ValueError("--cpu-time says nothing about a GPU: leave it out")
-    if cpu_time:
-        torch.set_num_threads(1)  # threads that wait for each other would count
-    now = time.process_time if cpu_time else time.perf_counter
+    device, now = clock_on(device, cpu_time)
     sizes: dict[str, Any] = SEVEN_B if shape == "llava-7b" else {"layers": layers, "hidden": hidden, "tower": TOWER}
     layers, hidden = sizes["layers"], sizes["hidden"]
     model = build_model(device=device, dtype=getattr(torch, dtype), **sizes)
@@ -261,19 +252,19 @@ def run(
         results[name] = {
             "flops": flops(name) / flops("plain"),
             "first_flops": flops(name, images) / flops("plain", images),
-            **{key: _summary([a[key] / b[key] for a, b in pairs]) for key in ("first", "prefill", "decode")},
-            "select": _summary([a["select"] / b["prefill"] for a, b in pairs]),
+            **{key: summary([a[key] / b[key] for a, b in pairs]) for key in ("first", "prefill", "decode")},
+            "select": summary([a["select"] / b["prefill"] for a, b in pairs]),
             "cache": pairs[0][0]["cache"] / pairs[0][1]["cache"],
             "peak": statistics.median(a["peak"] / b["peak"] for a, b in pairs)
             if all(b["peak"] for _, b in pairs)
             else None,
             "columns": runs[name][0]["columns"],
         }
-    return {
-        "schema_version": 2,
-        "benchmark": "tokens",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": {
+    return record(
+        "tokens",
+        device,
+        2,
+        config={
             "shape": shape,
             "layers": layers,
             "hidden": hidden,
@@ -286,19 +277,9 @@ def run(
             "seed": seed,
             "clock": "CPU time" if cpu_time else "wall time",
         },
-        "device": torch.cuda.get_device_name()
-        if device.startswith("cuda")
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "vlm_attn": vlm_attn.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "absolute": {name: absolute(name) for name in compared},
-        "ratios_to_plain": results,
-    }
+        absolute={name: absolute(name) for name in compared},
+        ratios_to_plain=results,
+    )
 
 
 def tokens(
@@ -337,8 +318,6 @@ def tokens(
 
     Example: vlm-attn bench tokens --method fastv --method divprune --keep 0.25 --json tokens.json
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     known = (*REDUCERS, "vtw", *HEADS)
     wrong = [name for name in method or [] if name not in known]
     if wrong:
@@ -382,8 +361,7 @@ def tokens(
     )
     console.print(table)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, result)
 
 
 def main() -> int:
