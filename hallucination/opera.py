@@ -37,11 +37,13 @@ class Opera(Decoding):
         scale: factor on the attention before columns are multiplied up. Range (0, 1000].
         weight: of the penalty. Range 0..1000.
         factor: on the column product, as in the released code. Range 0..1.
-        warmup: up to this length of the answer, attention to the image is rewarded instead. Range 0..10000.
+        warmup: up to this length of the answer, attention to the image is rewarded instead, and the search does not go back
+            to what leans on it. Range 0..10000.
         threshold: steps that may lean on one column; with more, the search goes back to the token behind it. Range 1..10000.
 
-    Deviations: the best beam decides on going back; once a place has been gone back to ``candidates`` times, the search goes on
-    from where it is; rows of a batch are searched one by one. Cost: ``candidates`` forwards per beam and token.
+    Deviations: the best beam, by the tokens it chose, decides on going back, and its token is given up (the released code asks
+    all beams, by most of their candidates); once a place has been gone back to ``candidates`` times, the search goes on from
+    where it is; rows of a batch are searched one by one. Cost: ``candidates`` forwards per beam and token.
     """
 
     name: ClassVar[str] = "opera"
@@ -115,10 +117,11 @@ class Opera(Decoding):
         )
 
     def place_behind(self, columns: list[int]) -> int | None:
-        """Where to go back to: behind the column that more than ``threshold`` of the newest steps lean on most."""
+        """Where to go back to: behind the column that more than ``threshold`` of the newest steps lean on most; never into the
+        warm-up, as in the released code."""
         counts = Counter(column for column in columns[-WINDOW:] if column >= 0)
         column, times = counts.most_common(1)[0] if counts else (-1, 0)
-        return column + 1 if times > self.threshold else None
+        return column + 1 if times > self.threshold and column >= self.warmup else None
 
 
 @dataclass

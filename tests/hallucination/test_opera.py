@@ -90,7 +90,7 @@ def by_hand(
             return ended, back
         newest = [column for column in running[0][2] if column >= 0]
         most = max(newest, key=newest.count, default=-1)
-        if newest.count(most) > threshold and times.get(most + 1, 0) < candidates:
+        if newest.count(most) > threshold and most >= warmup and times.get(most + 1, 0) < candidates:
             place, back = most + 1, back + 1
             times[place] = times.get(place, 0) + 1
             given_up = {at: tokens for at, tokens in given_up.items() if at <= place}
@@ -101,7 +101,8 @@ def by_hand(
 SETTINGS: list[tuple[dict[str, Any], int]] = [
     ({}, 0),
     ({"warmup": 2, "factor": 1e-3}, 0),
-    ({"warmup": 1, "factor": 0.0, "threshold": 2}, 1),
+    ({"warmup": 0, "factor": 0.0, "threshold": 2}, 1),
+    ({"warmup": 1, "factor": 0.0, "threshold": 2}, 0),  # leans on the first token, which the warm-up covers
     ({"warmup": 0, "factor": 1e-2, "threshold": 1, "scale": 30.0}, 1),
 ]
 
@@ -159,16 +160,17 @@ class TestParts:
         assert method.penalty(torch.tensor([1e5]), image, 4).isfinite().all()
 
     def test_going_back(self) -> None:
-        method = Opera(threshold=2)
+        method = Opera(threshold=2, warmup=2)
         assert method.place_behind([-1, -1, 3, 3]) is None
         assert method.place_behind([-1, 3, 2, 3, 3]) == 4
         assert method.place_behind([-1, -1, -1]) is None
         assert method.place_behind([1] * 3 + [2] * 512) == 3
+        assert method.place_behind([-1, -1, 1, 1, 1, 3]) is None  # never into the warm-up
 
     @pytest.mark.parametrize(
         "change",
         [
-            {"candidates": 2}, {"weight": 30.0}, {"warmup": 9}, {"warmup": 1, "threshold": 1}, {"warmup": 1, "factor": 1.0},
+            {"candidates": 2}, {"weight": 30.0}, {"warmup": 9}, {"warmup": 0, "threshold": 1}, {"warmup": 1, "factor": 1.0},
             {"warmup": 1, "factor": 1.0, "scale": 5.0},
         ],
         ids=str,
@@ -179,6 +181,8 @@ class TestParts:
         base = {"candidates": 4, "warmup": 1, "factor": 1e-2, "threshold": 100}
         if "factor" in change and "scale" in change:
             base = {**base, "factor": 1.0}
+        if "threshold" in change:
+            base = {**base, "warmup": 0}
         scores: list[Tensor] = []
         for settings in (base, {**base, **change}):
             with vlm_attn.patched(model, Opera(**settings)):
