@@ -31,11 +31,11 @@ class Agla(Branch):
         clip: ``architecture:weights`` of open_clip, such as ``"ViT-L-14-336:openai"``: a CLIP model ranks instead, by Grad-CAM
             of its cosine of picture and question. It needs ``patch(processor=)`` and pictures of one block of pixels each.
 
-    Deviation: the paper's second opinion is Grad-CAM of BLIP's image-text matching. Here it is CLIP's, or the model's own
+    Deviations: the paper's second opinion is Grad-CAM of BLIP's image-text matching. Here it is CLIP's, or the model's own
     attention, read while the prompt runs; and the share is fixed unless told otherwise. The cells are the model's tokens, where
-    the released code masks pixels of a blurred map.
-    What is taken away becomes zero in the processor's normalised pixels, a grey. Beside a method that edits the last row, that
-    row does not count as part of the question. Cost: a second prompt, its picture included, and a second forward per token.
+    the released code masks pixels of a blurred map. What is taken away becomes zero in the processor's normalised pixels, a
+    grey; that code paints it black. Beside a method that edits the last row, that row does not count as part of the question.
+    Cost: a second prompt, its picture included, and a second forward per token.
     """
 
     name: ClassVar[str] = "agla"

@@ -50,8 +50,9 @@ class Ilvad(Method):
 
     Rows: the last prompt token and all later ones. The first words are greedy, whatever ``generate`` then does, and end at an
     end token. Deviations from the released code: batched; the text's weights come from the rehearsal, whole, where the code's
-    grow with every token and layer, and all generated tokens share one, the mean of the words of the rehearsal. A later turn
-    keeps the map and the weights of the first. Cost: ``tokens`` tokens, and two more prompts (their picture is encoded once).
+    grow with every token and layer, and all generated tokens share one, the mean of the words of the rehearsal; they are scaled
+    by their range after the clip, not before it. A later turn keeps the map and the weights of the first. Cost: ``tokens``
+    tokens, and two more prompts (their picture is encoded once).
     """
 
     name: ClassVar[str] = "ilvad"

@@ -26,8 +26,10 @@ class HoloV(Reducer):
         attention_weight: of the CLS attention in a token's score.
         variance_weight: of the variance of its cosines with its chunk, scaled to a maximum of 1 over the image.
 
-    What the variance is scaled by is our reading of the released code. Deviation: similarities are those of the projected
-    features.
+    Deviations: the released code scales the variance chunk by chunk to the mean of the attention, so that it raises all chunks
+    alike and decides nothing; here one scale holds for the image. That code leaves a token's cosine with itself out of the
+    mean, and pads with zeros what a full chunk cannot take; here it goes to the others. Similarities are those of the
+    projected features.
     """
 
     name: ClassVar[str] = "holov"

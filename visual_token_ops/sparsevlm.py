@@ -40,7 +40,8 @@ class SparseVLM(Reducer):
 
     Raters are the text tokens behind the image whose mean softmax (over the text) of image-text products of the input
     embeddings is above average. Clusters: density peaks (k = 5); their mean stands in the place of their centre, on top of
-    what is kept. Deviations: the mean stands in the centre's place instead of at the end; positions are the original ones.
+    what is kept. Deviations: the mean stands in the centre's place instead of at the end; positions are the original ones; the
+    released code takes as many neighbours for a density as there are clusters.
     """
 
     name: ClassVar[str] = "sparsevlm"
