@@ -200,7 +200,7 @@ def find_sinks(
     layers: Any = engine.text_model.layers
     got: list[Tensor] = []  # of every layer with attention [B, P], from its later rows
     with engine.observed(lambda _: [_Bystander()]), engine.running(inputs) as call:
-        run, group, first = Run(engine, model, call, inputs), call.prompt.group, call.prompt.first
+        run, group, first = Run(engine, host.inside(model), call, inputs), call.prompt.group, call.prompt.first
         numbers: list[int] = []
 
         def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
@@ -295,7 +295,7 @@ def gaze(model: nn.Module, inputs: Mapping[str, Any], answer: Sequence[int], **o
             f"gaze() follows one answer to one prompt, got {len(answer)} tokens, {len(inputs['input_ids'])} prompts"
         )
     with _watched(engine_of(model)) as (seen, calls), torch.no_grad():
-        model.generate(
+        host.inside(model).generate(
             **inputs,
             max_new_tokens=len(answer),
             logits_processor=[_Follow(answer, inputs["input_ids"].shape[1])],
@@ -304,7 +304,7 @@ def gaze(model: nn.Module, inputs: Mapping[str, Any], answer: Sequence[int], **o
             temperature=None,
             top_p=None,
             top_k=None,
-        )  # type: ignore[operator]
+        )
     rows = torch.stack([torch.stack([step[-1] for step in layer]) for layer in seen.values()]).mean(0)
     return _per_position(calls[0], rows)
 
@@ -338,7 +338,7 @@ def canvas_gaze(
         raise ValueError(ALREADY)
     if len(inputs["input_ids"]) != 1:
         raise ValueError(f"canvas_gaze() follows one answer to one prompt, got {len(inputs['input_ids'])} prompts")
-    if getattr(model.config, "logit_shift", False):
+    if getattr(host.inside(model).config, "logit_shift", False):
         raise NotImplementedError("canvas_gaze() does not follow models whose logits are shifted by one (logit_shift)")
     with _watched(engine_of(model)) as (seen, calls):
         rows = torch.zeros(0, 0)
@@ -411,7 +411,7 @@ def _prompt_read(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Call]:
     """Run a prompt through a patched model, neutral methods included; what they read is in the call."""
     engine = engine_of(model)
     with engine.observed(force=True), engine.running(inputs) as call, torch.no_grad():
-        engine.rehearse(Run(engine, model, call, inputs))
+        engine.rehearse(Run(engine, host.inside(model), call, inputs))
         host.prompt_reader(model)(**{**inputs, "use_cache": True})
         yield call
 

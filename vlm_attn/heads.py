@@ -365,4 +365,15 @@ def masked_where_needed(method: Any, facts: ModelFacts) -> Any:
     return method if facts.causal or method.mode == "mask" else replace(method, mode="mask")
 
 
-__all__ = ["HeadMethod", "Held", "Scores", "Seen", "View", "first_columns", "streams"]
+__all__ = [
+    "HeadMethod",
+    "Held",
+    "Scores",
+    "Seen",
+    "View",
+    "check_scores",
+    "first_columns",
+    "masked_where_needed",
+    "score_table",
+    "streams",
+]

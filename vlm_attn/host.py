@@ -360,11 +360,12 @@ def prompt_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 def canvas_decoder(model: Any) -> nn.Module | None:
     """The part that reads a canvas and the prompt's cache and writes none; None in a model that has no such part."""
-    return _part(model, "decoder", "self_conditioning")
+    return _part(inside(model), "decoder", "self_conditioning")
 
 
 def prompt_reader(model: Any) -> Any:
-    """What runs a prompt and nothing else: the model itself, or the encoder beside a :func:`canvas_decoder`."""
+    """What runs a prompt and nothing else: the model inside its wrappers, or the encoder beside a :func:`canvas_decoder`."""
+    model = inside(model)
     return model if canvas_decoder(model) is None else _part(model, "encoder", "language_model")
 
 

@@ -19,6 +19,7 @@ from tests.engine import spread
 from tests.engine.test_patching import in_threads, state
 from tests.helpers import ACTIVE, Inputs, close, differ, generate, logits, margins, on, same
 from vlm_attn.kernels import Edit, one_hot_segments
+from vlm_attn.registry import build
 from vlm_attn.sharding import Heads, check_sharding
 
 TWO = ("gift", "var")  # reads attention and edits the last row; reads hidden states and edits the prompt too
@@ -216,6 +217,21 @@ class TestCompiled:
             same(generate(compiled, x), run)
         assert not vlm_attn.is_patched(model)
         close(logits(compiled, x), plain)
+
+
+def test_looking_inside_a_wrapper(llava: tiny.Built, x: Inputs) -> None:
+    """Where the model looks, and which tokens are sinks, is the same from outside."""
+    model = copy.deepcopy(llava[0])
+    wrapped = torch.compile(model, backend="eager")
+    one = {name: value[:1] for name, value in x.items()}
+
+    def looks(model: Any) -> list[Any]:
+        sinks = vlm_attn.find_sinks(model, one, by="direction", cosine=0.5)
+        return [sinks, vlm_attn.gaze(model, one, [5, 6])[0].tolist(), vlm_attn.saliency(model, one)[0].tolist()]
+
+    with vlm_attn.patched(model, [build(name, **ACTIVE[name]) for name in ("gift", "vhr")]):
+        assert looks(wrapped) == looks(model)
+    assert vlm_attn.find_sinks(wrapped, one, by="direction") == vlm_attn.find_sinks(model, one, by="direction")
 
 
 class TestThreads:
