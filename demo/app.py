@@ -293,7 +293,7 @@ def build(studio: Studio) -> gr.Blocks:
                         label = "Positions to fill in" if studio.denoises else "Tokens at most"
                         tokens = gr.Slider(1, MAX_TOKENS, start.tokens, step=1, label=label, min_width=180)
                         steps = gr.Slider(
-                            0 if not studio.denoises else 1,
+                            int(studio.denoises),
                             MAX_TOKENS,
                             start.steps,
                             step=1,

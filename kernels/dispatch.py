@@ -155,7 +155,8 @@ def _segmented_refuses(facts: Facts) -> str | None:
     return triton_refuses(facts)
 
 
-def _sdpa_refuses(facts: Facts) -> str | None:
+def sdpa_refuses(facts: Facts) -> str | None:
+    """What PyTorch's fused attention does not have."""
     for name in ("softcap" * facts.softcap, "score" if facts.score else "", facts.extras):
         if name:
             return f"{name} is asked for, which scaled_dot_product_attention does not have"
@@ -163,10 +164,11 @@ def _sdpa_refuses(facts: Facts) -> str | None:
 
 
 def _biased_refuses(facts: Facts) -> str | None:
-    return _sdpa_refuses(facts._replace(score=""))  # a changed logit is a bias
+    return sdpa_refuses(facts._replace(score=""))  # a changed logit is a bias
 
 
-def _fits(facts: Facts) -> None:
+def takes_all(facts: Facts) -> None:
+    """For a backend that takes every call."""
     return None
 
 
@@ -214,7 +216,8 @@ def check_segments(segments: Tensor, key: Tensor) -> None:
         raise ValueError(f"segments are {segments.dtype} on {segments.device}: must be floating point on {key.device}")
 
 
-def _grad(*tensors: Tensor) -> bool:
+def wants_grad(*tensors: Tensor) -> bool:
+    """Whether gradients of any of them are asked for."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -262,7 +265,7 @@ def edited_attention(
         query.dtype,
         query.shape[-1],
         query.shape[-2],
-        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        wants_grad(query, key, value),
         softcap is not None,
         len(weighed),
         weighed[0].segments.shape[2] if weighed else 0,
@@ -318,9 +321,9 @@ def _edited_triton(
     return run.combine(lse, out, weight, head_scale, batch, heads, value.dtype)
 
 
-register("edited_attention", "grouped", _fits)(edited.edited_attention)
+register("edited_attention", "grouped", takes_all)(edited.edited_attention)
 register("edited_attention", "sdpa", _biased_refuses)(edited.edited_sdpa)
-register("edited_attention", "reference", _fits)(reference.edited_attention)
+register("edited_attention", "reference", takes_all)(reference.edited_attention)
 
 
 def _triton_operations() -> Any:
@@ -371,7 +374,7 @@ def segmented_attention(
         query.dtype,
         query.shape[3],
         query.shape[2],
-        _grad(query, key, value, segments),
+        wants_grad(query, key, value, segments),
         softcap is not None,
         1,
         segments.shape[2],
@@ -397,7 +400,7 @@ def _segmented_triton(
     return triton_segmented.gathered(lse, out, query.shape[0], query.shape[1])
 
 
-register("segmented_attention", "reference", _fits)(reference.segmented_attention)
+register("segmented_attention", "reference", takes_all)(reference.segmented_attention)
 
 
 def combine(
@@ -431,7 +434,7 @@ def combine(
     if head_scale is not None and head_scale.shape != out.shape[1:2]:
         raise ValueError(f"head_scale {list(head_scale.shape)} must have one entry for each of {out.shape[1]} heads")
     facts = Facts(
-        out.device.type, out.dtype, out.shape[4], out.shape[2], _grad(lse, out, log_weight), False, 1, out.shape[3]
+        out.device.type, out.dtype, out.shape[4], out.shape[2], wants_grad(lse, out, log_weight), False, 1, out.shape[3]
     )
     return choose("combine", facts, backend).run(lse, out, log_weight, head_scale)
 
@@ -443,4 +446,4 @@ def _combine_triton(lse: Tensor, out: Tensor, log_weight: Tensor, head_scale: Te
     return triton_segmented.combined(lse, out, log_weight, head_scale)
 
 
-register("combine", "reference", _fits)(reference.combine)
+register("combine", "reference", takes_all)(reference.combine)

@@ -18,14 +18,14 @@ from vlm_attn.kernels.dispatch import (
     MOST_SEGMENTS,
     Backend,
     Facts,
-    _fits,
-    _grad,
-    _sdpa_refuses,
     check_qkv,
     check_segments,
     choose,
     register,
+    sdpa_refuses,
+    takes_all,
     triton_refuses,
+    wants_grad,
 )
 from vlm_attn.kernels.groups import Group
 from vlm_attn.kernels.masks import Mask, Tokens, check_tokens, extended, image_index, packed, visible
@@ -163,7 +163,7 @@ class Pattern:
             query.dtype,
             query.shape[3],
             query.shape[2],
-            _grad(query, key, value),
+            wants_grad(query, key, value),
             softcap is not None,
             segments=len(self.mask.clauses),
             score="groups" if score else "",
@@ -369,7 +369,7 @@ def _masked_triton(problem: Problem) -> Attended:
     return Attended(*triton_prefill.masked_attention(*arguments, known=pattern.tiles))
 
 
-@register("masked_attention", "sdpa", _sdpa_refuses)
+@register("masked_attention", "sdpa", sdpa_refuses)
 def _masked_sdpa(problem: Problem) -> Attended:
     query, key, value = problem[:3]
     seen = mask = problem.pattern.matrix()
@@ -383,7 +383,7 @@ def _masked_sdpa(problem: Problem) -> Attended:
     return Attended(out.masked_fill(~seen.any(-1, keepdim=True), 0.0), None, None, None)
 
 
-@register("masked_attention", "reference", _fits)
+@register("masked_attention", "reference", takes_all)
 def _masked_reference(problem: Problem) -> Attended:
     """The twin. Holds ``[B, H, Q, S]``."""
     pattern = problem.pattern

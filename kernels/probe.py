@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from vlm_attn.kernels import edited
-from vlm_attn.kernels.dispatch import Facts, _fits, _grad, check_qkv, check_segments, choose, register, triton_refuses
+from vlm_attn.kernels.dispatch import (
+    Facts,
+    check_qkv,
+    check_segments,
+    choose,
+    register,
+    takes_all,
+    triton_refuses,
+    wants_grad,
+)
 from vlm_attn.kernels.reference import masked_logits
 
 MOST_MAPS = 64  # rows whose attention is kept: [B, H, rows, S] float32
@@ -81,7 +90,7 @@ def probe(
         raise ValueError(f"last is {last.dtype}: must be integers")
     if keys is not None and (keys.dtype != torch.bool or keys.dim() != 2 or keys.shape[1] != length):
         raise ValueError(f"keys {list(keys.shape)} {keys.dtype} must be [{batch} or 1, {length}] of bool")
-    facts = Facts(query.device.type, query.dtype, dim, rows, _grad(query, key), softcap is not None)
+    facts = Facts(query.device.type, query.dtype, dim, rows, wants_grad(query, key), softcap is not None)
     run = choose("probe", facts, backend).run
     attention, mass, column_sum, entropy = run(query, key, segments, mask, last, keys, scale, softcap, maps)
     return Probe(attention if maps else None, mass if segments is not None else None, column_sum, entropy)
@@ -101,7 +110,7 @@ def _probe_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return run(*args)
 
 
-@register("probe", "eager", _fits)
+@register("probe", "eager", takes_all)
 def probe_eager(
     query: Tensor,
     key: Tensor,
@@ -163,7 +172,7 @@ def attention_rows(
     """
     check_qkv(query, key, key, mask)
     facts = Facts(
-        query.device.type, query.dtype, query.shape[3], query.shape[2], _grad(query, key), softcap is not None
+        query.device.type, query.dtype, query.shape[3], query.shape[2], wants_grad(query, key), softcap is not None
     )
     return choose("attention_rows", facts, backend).run(query, key, mask=mask, scale=scale, softcap=softcap)
 
@@ -173,4 +182,4 @@ def _rows_triton(query: Tensor, key: Tensor, *, mask: Tensor | None, scale: floa
     return _probe_triton(query, key, None, mask, None, None, scale, softcap, True)[0]
 
 
-register("attention_rows", "eager", _fits)(edited.attention_rows)
+register("attention_rows", "eager", takes_all)(edited.attention_rows)

@@ -131,7 +131,9 @@ def patch(
         check_processor(processor, top, text_config)
         template = read_template(processor, images)
 
-    # Nothing has been touched up to here; from here on nothing can fail.
+    host.warn_if_untested()
+
+    # Nothing has been touched up to here; from here on nothing can fail, warnings that are made errors among it.
     if previous is not None:
         unpatch(model)
     engine = Engine(model, text_model, methods, processor=processor, template=template, query_span=query_span)
@@ -166,7 +168,6 @@ def patch(
     for name in _REFUSED_CALLS:
         if hasattr(type(model), name):
             setattr(model, name, partial(_refuse_batching, model))
-    host.warn_if_untested()
     return wrapper
 
 
