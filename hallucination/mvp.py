@@ -47,7 +47,8 @@ class Mvp(Decoding):
 
     Needs ``patch(processor=)`` and an end token. ``generate`` returns the answer and ends; with sampling it draws among the
     answers by their scores. Other methods of the patch act on captions and paths too. Deviations: the wording of the first two
-    views is ours; paths go on greedily; rows are taken one by one. Cost: three captions and up to ``3 (1 + K)`` short answers.
+    views is ours; paths go on greedily; one that ends without an answer counts for none (in the released code for Yes); rows
+    are taken one by one. Cost: three captions and up to ``3 (1 + K)`` short answers.
     """
 
     name: ClassVar[str] = "mvp"
