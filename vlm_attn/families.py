@@ -376,7 +376,7 @@ def merging_tower(model: Any, config: Any, method: str) -> tuple[Any, list[Any],
     layers = layers[:count]
     whole = first and getattr(config, "vision_feature_select_strategy", "default") != "default"
     if not family_of(config).whole_patches or not layers or whole:
-        known = ", ".join(name for name, family in FAMILIES.items() if family.whole_patches)
+        known = ", ".join(sorted(name for name, family in FAMILIES.items() if family.whole_patches))
         raise NotImplementedError(
             f"{method} merges tokens inside the vision tower. That of model type {config.model_type!r} is not known to hand on "
             f"its patches one by one. Known: {known}, with a tower of CLIP or SigLIP of which one layer is projected, without "

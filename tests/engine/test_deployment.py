@@ -261,7 +261,9 @@ class TestSpread:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        torch.multiprocessing.spawn(spread.work, args=(port, saved), nprocs=2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(Path(__file__).parents[2])  # where the processes find this package of tests
+            torch.multiprocessing.spawn(spread.work, args=(port, saved), nprocs=2)
         return [json.loads((saved / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
     @pytest.mark.parametrize("name", ["ddp", "plain", "saliency", *spread.METHODS])

@@ -481,11 +481,11 @@ class TestThreads:
         """A wrong call in one thread does not end the other's."""
         model, inputs = llava
         x, _ = self.prompts(inputs)
-        bad = {"input_ids": torch.tensor([[1, 5, 6]])}
+        bad = {**x, "output_attentions": True}
 
         def wrong() -> int:
             for _ in range(300):
-                with pytest.raises(ValueError, match="no image token"):
+                with pytest.raises(ValueError, match="output_attentions=True cannot be used"):
                     logits(model, bad)
             return 300
 
