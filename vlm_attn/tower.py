@@ -124,7 +124,7 @@ class Merger:
         """Before the tower: how many tokens every layer leaves."""
         call = self.engine.call
         self.method = self.size = self.seat = self.owner = None
-        methods = call.methods if call is not None and not call.done else ()
+        methods = call.methods if call is not None else ()  # without a cache some hosts run the tower at every step
         method = next((m for m in methods if isinstance(m, Reducer) and m.merges), None)
         if call is None or method is None:
             return
@@ -199,4 +199,5 @@ class Merger:
             output.last_hidden_state = spread(output.last_hidden_state)
             if getattr(output, "hidden_states", None) is not None:
                 output.hidden_states = tuple(spread(hidden) for hidden in output.hidden_states)
-        call.seen.setdefault(MERGED, []).append((number.float(), into.float()[..., None]))
+        if not call.done:
+            call.seen.setdefault(MERGED, []).append((number.float(), into.float()[..., None]))

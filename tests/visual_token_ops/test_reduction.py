@@ -382,6 +382,8 @@ class TestDecoding:
     def test_without_cache(self, family: tiny.Built, name: str) -> None:
         x = family[1](PROMPTS, seed=SEED)
         method = reducer(name, family)
+        if generate(family[0], x, use_cache=False)[0].tolist() != generate(family[0], x)[0].tolist():
+            pytest.skip("stock transformers writes other tokens without a cache than with one")  # PaliGemma before 5.24
         same(run(family, method, x, use_cache=False), run(family, method, x))
 
     @some
