@@ -15,7 +15,21 @@ from transformers.masking_utils import eager_mask
 
 import vlm_attn
 from tests import tiny
-from tests.helpers import ACTIVE, CHOOSERS, NEUTRAL, Inputs, alone, close, differ, generate, logits, margins, on, same
+from tests.helpers import (
+    ACTIVE,
+    CHOOSERS,
+    NEUTRAL,
+    Inputs,
+    alone,
+    close,
+    differ,
+    generate,
+    logits,
+    margins,
+    on,
+    same,
+    stock_needs_cache,
+)
 from tests.oracle import oracle
 from vlm_attn import host
 from vlm_attn.hallucination import Gift, Vhr
@@ -286,6 +300,7 @@ class TestFamilies:
         model, inputs = built(family)
         x = inputs(PROMPTS, seed=SEED)
         plain = generate(model, x, new=4, **TEXT)
+        stock_needs_cache(model, x, plain, new=4, **TEXT)
         with vlm_attn.patched(model, METHODS[name]()), margins() as margin:
             tokens, scores = generate(model, x, new=4, **TEXT)
             same(generate(model, x, new=4, use_cache=False, **TEXT), (tokens, scores))
