@@ -19,7 +19,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +163,8 @@ def latency(
     def once(run: MethodSpec) -> float:
         with run.applied(model, processor):
             begun = clock()
-            generate(
-                model, processor, pictures, prompts, task.max_new_tokens
-            )  # answers are on the CPU: the device is done
+            # Its answers are on the CPU, so the device is done.
+            generate(model, processor, pictures, prompts, task.max_new_tokens)
             return clock() - begun
 
     ratios = [once(spec) / once(MethodSpec(BASELINE)) for _ in range(pairs + 1)][1:]
@@ -209,7 +207,7 @@ def experiment(
         label -> what was searched and chosen, and the latency ratio; also in ``out/settings.json``.
 
     Raises:
-        ValueError: an unknown run, the two splits share an image, or ``out`` holds another experiment.
+        ValueError: an unknown run, one split for both, or ``out`` holds another experiment.
         KeyboardInterrupt: it was interrupted; the same call goes on from there.
     """
     for label in labels:
@@ -231,10 +229,10 @@ def experiment(
     test(MethodSpec(BASELINE))
     for label in labels:
         spec, found = search(model, processor, label, looked_at, out / "search", done, **options)
-        if label in known and known[label]["chosen"] != json.loads(json.dumps(asdict(spec)["params"])):
+        if label in known and known[label]["chosen"] != json.loads(json.dumps(spec.params)):
             raise ValueError(f"{file}: {label} was tested with {known[label]['chosen']}; choose another --out")
         test(spec)
-        if label not in known or "latency" not in known[label]:
+        if label not in known:
             speed = {} if label in NO_CAPTIONS else latency(model, processor, spec, looked_at)
             known[label] = {**found, **speed}
             runner.write_json(file, known)
