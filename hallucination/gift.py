@@ -131,7 +131,8 @@ class Gift(Method):
         saliency = saliency_map(shifts, informative, visual, heads=self.heads, clip_sigma=self.clip_sigma)
         ids = VISUAL * visual + QUERY * (call.layout.group == Group.QUERY)
         memory["saliency"] = saliency
-        memory["edit"] = Edit(one_hot_segments(ids, 3, twin_of=VISUAL, log_weight=self.alpha * saliency), self.reweigh)
+        segments = one_hot_segments(ids, 3, twin_of=VISUAL, log_weight=self.alpha * saliency)
+        memory["edit"] = Edit(segments, self.reweigh, partition=3)
 
     def edit(self, call: Call, layer: int) -> Edit | None:
         """The same edit at every enhanced layer."""
@@ -152,7 +153,13 @@ class Gift(Method):
 def top_heads(score: Tensor, share: float) -> Tensor:
     """``[B, H, ...]`` scores to a mask of the ``max(1, floor(share * H))`` largest along dim 1."""
     count = max(1, int(score.shape[1] * share))
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(count, dim=1).indices, True)
+    if not score.is_cuda:
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(count, dim=1).indices, True)
+    # By comparing all pairs, of equals the first: a compiler makes one kernel of this, and none of topk.
+    heads = torch.arange(score.shape[1], device=score.device).view(-1, *[1] * (score.dim() - 2))
+    one, other = score.unsqueeze(2), score.unsqueeze(1)
+    ahead = (other > one) | ((other == one) & (heads < heads.unsqueeze(1)))
+    return ahead.sum(2) < count
 
 
 def gaze_shift(attention: Tensor, columns: Tensor, visual: Tensor) -> Tensor:

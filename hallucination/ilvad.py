@@ -183,9 +183,8 @@ class Ilvad(Method):
         saliency, weight, later = (memory[name].repeat_interleave(times, 0) for name in ("saliency", "weight", "later"))
         columns = [torch.zeros_like(visual), ~visual & ~text, visual, text]
         columns += [visual * (self.alpha * saliency).exp(), text * weight, visual * saliency]
-        return Edit(
-            torch.stack([column.float() for column in columns], -1), partial(self.reweigh, later[:, None, None])
-        )
+        segments = torch.stack([column.float() for column in columns], -1)
+        return Edit(segments, partial(self.reweigh, later[:, None, None]), partition=4)
 
     def reweigh(self, later: Tensor, mass: Tensor) -> Tensor:
         """``[B, H, Q, 7]`` masses to weights; ``later [B, 1, 1]`` is the weight of generated text."""

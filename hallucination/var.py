@@ -149,7 +149,7 @@ class Var(Method):
             return None
         visual = call.layout.visual
         ids = VISUAL * (visual & ~sink) + TEXT_SINK * (~visual & sink) + VISUAL_SINK * (visual & sink)
-        return Edit(one_hot_segments(ids, 4), self.reweigh, conserves=True)
+        return Edit(one_hot_segments(ids, 4), self.reweigh, conserves=True, partition=4)
 
     def reweigh(self, mass: Tensor) -> Tensor:
         """Steps 3-4: ``[B, H, Q, 4]`` masses to weights; the row keeps its total."""

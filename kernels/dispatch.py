@@ -305,18 +305,19 @@ def _edited_triton(
     check_qkv(query, key, value, mask)
     batch, heads, rows, _ = query.shape
     length = key.shape[2]
-    segments = edits[0].over(length, offset) if edits else query.new_ones(1, 1, 1, dtype=torch.float32)
-    if edits:
-        check_segments(segments, key)
     run = _triton_operations()
     weights = scores[0].weights(length, rows, offset, row) if scores else None
-    of = scores[0].of if scores else "magnitude"
-    lse, out = run.partials(query, key, value, segments.expand(-1, length, -1), mask, scale, softcap, weights, of)
+    last = (mask, scale, softcap, weights, scores[0].of if scores else "magnitude")
     if edits:
-        mass = run.masses(lse)
+        check_segments(edits[0].over(length, offset), key)
+        logs, count = edits[0].prepared(edited.log_members, query.dtype, length, offset), edits[0].segments.shape[2]
+        lse, out = run.partials(query, key, value, logs, count, not edits[0].partition, *last)
+        mass = run.masses(lse, count, edits[0].partition)
         weight = edits[0].policy(mass.view(batch, heads, rows, -1))
         weight = weight.to(torch.float32).reshape(mass.shape).contiguous()
     else:
+        logs = edited.log_members(query.new_ones(1, 1, 1), query.dtype).expand(-1, length, -1)
+        lse, out = run.partials(query, key, value, logs, 1, False, *last)
         weight = lse.new_ones(len(lse), 1)
     return run.combine(lse, out, weight, head_scale, batch, heads, value.dtype)
 
@@ -396,7 +397,8 @@ def _segmented_triton(
 ) -> tuple[Tensor, Tensor]:
     from vlm_attn.kernels import triton_segmented
 
-    lse, out = triton_segmented.partials(query, key, value, segments.float(), mask, scale, softcap)
+    logs = edited.log_members(segments, query.dtype)
+    lse, out = triton_segmented.partials(query, key, value, logs, segments.shape[2], False, mask, scale, softcap)
     return triton_segmented.gathered(lse, out, query.shape[0], query.shape[1])
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 Policy = Callable[[Tensor], Tensor]
 MOST_SEGMENTS = 8  # that a pass over K and V keeps apart: four groups and a weighted twin, or two edits at once
+NEVER = -60000.0  # log membership, in base 2, of a key that is no member; float16 holds it
 SMALLEST_TOTAL = 1e-25  # keeps a row without any visible key at zero
 
 
@@ -82,12 +83,27 @@ class Edit(Columns):
             columns beyond the prompt belong.
         policy: maps masses ``[B, H, Q, N]`` (float32) to weights >= 0 of that shape; 1 changes nothing, 0 removes a segment.
         conserves: the policy keeps every row's total, so that nothing is left to renormalise.
+        partition: how many of the segments, the first, hold every key once (the others are twins); 0 = not known. The Triton
+            kernel then adds up their masses instead of keeping one more segment of all keys.
     """
 
-    def __init__(self, segments: Tensor, policy: Policy, *, conserves: bool = False) -> None:
+    def __init__(self, segments: Tensor, policy: Policy, *, conserves: bool = False, partition: int = 0) -> None:
         super().__init__(segments)
         self.policy = policy
         self.conserves = conserves
+        self.partition = partition
+        self._prepared: tuple[Tensor, torch.dtype, Tensor] | None = None
+
+    def prepared(
+        self, how: Callable[[Tensor, torch.dtype], Tensor], dtype: torch.dtype, length: int, offset: int | Tensor = 0
+    ) -> Tensor:
+        """``how(segments, dtype)`` of the keys at columns ``offset .. offset + length - 1``, kept until the buffer grows."""
+        segments = self.over(length, offset)
+        if isinstance(offset, Tensor) or torch.compiler.is_compiling():
+            return how(segments, dtype)
+        if self._prepared is None or self._prepared[0] is not self.segments or self._prepared[1] != dtype:
+            self._prepared = self.segments, dtype, how(self.segments, dtype)
+        return self._prepared[2].narrow(1, offset, length)
 
 
 class ScoreEdit(Columns):
@@ -163,6 +179,24 @@ def one_hot_segments(ids: Tensor, count: int, twin_of: int | None = None, log_we
     return torch.cat([segments, twin[..., None]], dim=-1)
 
 
+def split(numbers: Tensor, dtype: torch.dtype, places: int = MOST_SEGMENTS) -> Tensor:
+    """Numbers as a matrix product takes them: ``[..., N]`` float32 to ``[..., 2 * places]``, in half precision as a sum of two.
+
+    Place n holds number n and place ``places + n`` the rest of it, so that 22 bits are left of its 24 (of products in float32,
+    all of them).
+    """
+    numbers = torch.nn.functional.pad(numbers, (0, places - numbers.shape[-1]))
+    if dtype == torch.float32:
+        return torch.cat([numbers, torch.zeros_like(numbers)], -1)
+    first = numbers.half()
+    return torch.cat([first, (numbers - first).half()], -1)
+
+
+def log_members(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the Triton kernel takes of memberships ``[B, S, N]``, N <= 8, beside queries of a dtype: ``[B, S, 16]``."""
+    return split(segments.float().log2().clamp_min(NEVER), dtype)
+
+
 class Product:
     """The policy of several edits at once: every one sees its own masses, and the weights multiply.
 
@@ -210,12 +244,14 @@ def merged(edits: Sequence[Edit], most: int = MOST_SEGMENTS) -> Edit | None:
     if len(index) > most:
         return None
     no_twin = index < torch.tensor(plain, device=index.device)
+    first = torch.argsort((~no_twin).any(1).int(), stable=True)  # products without a twin: they hold every key once
+    index, segments, no_twin = index[first], segments[..., first], no_twin[first]
     parts = []
     for e, (edit, part) in enumerate(zip(edits, members, strict=True)):
         others = torch.cat([no_twin[:, :e], no_twin[:, e + 1 :]], 1).all(1)
         sums = torch.nn.functional.one_hot(index[:, e], part.shape[2]) * others[:, None]
         parts.append((edit.policy, sums.float(), index[:, e]))
-    return Edit(segments.contiguous(), Product(parts))
+    return Edit(segments.contiguous(), Product(parts), partition=int(no_twin.all(1).sum()))
 
 
 def attention_rows(

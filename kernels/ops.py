@@ -14,7 +14,9 @@ def partials(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Tensor,
+    logs: Tensor,
+    count: int,
+    whole: bool,
     mask: Tensor | None,
     scale: float,
     softcap: float | None,
@@ -24,29 +26,29 @@ def partials(
     """See ``triton_segmented.partials``."""
     from vlm_attn.kernels import triton_segmented
 
-    return triton_segmented.partials(query, key, value, segments, mask, scale, softcap, score, score_of)
+    return triton_segmented.partials(query, key, value, logs, count, whole, mask, scale, softcap, score, score_of)
 
 
 @partials.register_fake
-def _(query, key, value, segments, mask, scale, softcap, score=None, score_of="magnitude"):  # type: ignore[no-untyped-def]
+def _(query, key, value, logs, count, whole, mask, scale, softcap, score=None, score_of="magnitude"):  # type: ignore[no-untyped-def]
     batch, heads, rows, dim = query.shape
-    parts = -(-key.shape[2] // tuning.chunk(query, key))
-    total, count = batch * heads * rows, segments.shape[2]
-    lse = torch.empty(total, count + 1, parts, dtype=torch.float32, device=query.device)
+    parts = -(-key.shape[2] // tuning.chunk(query, key, count + whole))
+    total = batch * heads * rows
+    lse = torch.empty(total, count + whole, parts, dtype=torch.float32, device=query.device)
     return lse, torch.empty(total, count, parts, dim, dtype=torch.float32, device=query.device)
 
 
 @torch.library.custom_op("vlm_attn::segment_masses", mutates_args=())
-def masses(lse: Tensor) -> Tensor:
+def masses(lse: Tensor, count: int, partition: int) -> Tensor:
     """See ``triton_segmented.masses``."""
     from vlm_attn.kernels import triton_segmented
 
-    return triton_segmented.masses(lse)
+    return triton_segmented.masses(lse, count, partition)
 
 
 @masses.register_fake
-def _(lse):  # type: ignore[no-untyped-def]
-    return lse.new_empty(lse.shape[0], lse.shape[1] - 1)
+def _(lse, count, partition):  # type: ignore[no-untyped-def]
+    return lse.new_empty(lse.shape[0], count)
 
 
 @torch.library.custom_op("vlm_attn::combine_segments", mutates_args=())

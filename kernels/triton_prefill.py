@@ -19,11 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from vlm_attn.kernels import tuning
+from vlm_attn.kernels.edited import MOST_SEGMENTS, NEVER, split
 from vlm_attn.kernels.groups import Group
 from vlm_attn.kernels.masks import EVERY_PAIR, GROUPS
 from vlm_attn.kernels.triton_segmented import LN2, LOG2E, finite, next_power, on_its_device, soft_cap
 
 _GROUPS = tl.constexpr(GROUPS)
+_NEVER, _PLACES = tl.constexpr(NEVER), tl.constexpr(2 * MOST_SEGMENTS)
 _EVERY_PAIR = tl.constexpr(EVERY_PAIR)
 _ROW = tl.constexpr((1 << GROUPS) - 1)
 _PAD = tl.constexpr(int(Group.PAD))
@@ -100,12 +102,35 @@ def tiles_kernel(
 
 
 @triton.jit
+def every_row(at, n, s, valid, BLOCK_R: tl.constexpr):
+    """Number n of every key, the same for every row: ``[BLOCK_R, keys]``.
+
+    By a matrix product with numbers stored as ``edited.split`` does: threads that hold many rows would load each many times.
+    """
+    place = tl.arange(0, _PLACES)
+    numbers = tl.load(at + s[None, :] * _PLACES + place[:, None], mask=valid[None, :], other=0.0)
+    which = tl.zeros([BLOCK_R, _PLACES], tl.int32) + (place % (_PLACES // 2) == n).to(tl.int32)[None, :]
+    return tl.dot(which.to(numbers.dtype), numbers, input_precision="ieee")
+
+
+@triton.jit
+def add_masses(sums, p, members):
+    """``sums + p @ members``, in half precision with p as a sum of two, as ``edited.split`` stores the members."""
+    first = p.to(members.dtype)
+    sums += tl.dot(first, members, input_precision="ieee")
+    if members.dtype != tl.float32:
+        sums += tl.dot((p - first.to(tl.float32)).to(members.dtype), members, input_precision="ieee")
+    return sums
+
+
+@triton.jit
 def tile_logits(
     q, k, group_at, weight_at, s, valid, scored, scale, cap, visual_abs, visual_factor, system_factor,
-    CAP: tl.constexpr, SCORE: tl.constexpr, WEIGHT: tl.constexpr,
+    CAP: tl.constexpr, SCORE: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Logits of a tile in base 2, before the mask."""
-    logits = tl.dot(q, k, input_precision="ieee") * scale
+    logits = tl.dot(q, k, input_precision="ieee")
+    logits *= scale if CAP or SCORE else scale * LOG2E
     if CAP:
         logits = soft_cap(logits, cap)
     if SCORE:
@@ -114,9 +139,12 @@ def tile_logits(
         changed = tl.where((group_k == _VISUAL)[None, :], raised * visual_factor, logits)
         changed = tl.where((group_k == _SYSTEM)[None, :], changed * system_factor, changed)
         logits = tl.where(scored[:, None], changed, logits)
+    if CAP or SCORE:
+        logits *= LOG2E
     if WEIGHT:
-        logits += tl.load(weight_at + s, mask=valid, other=0.0)[None, :]
-    return logits * LOG2E
+        weight = every_row(weight_at, 0, s, valid, BLOCK_R)
+        logits = tl.where(weight > _NEVER / 2, logits + weight, float("-inf"))
+    return logits
 
 
 @triton.jit
@@ -125,10 +153,10 @@ def prefill_kernel(
     group_of_rows, group, image_of_rows, image, document_of_rows, document, score_from, log_weight, segments,
     scale, cap, visual_abs, visual_factor, system_factor,
     query_b, query_h, query_q, query_d, key_b, key_h, key_s, key_d, value_b, value_h, value_s, value_d,
-    out_b, out_h, out_q, weight_b, segments_b, segments_s, segments_n,
+    out_b, out_h, out_q, weight_b, segments_b,
     heads, ratio, rows, length, dim, first_column, row_tiles, key_tiles,
     COUNT: tl.constexpr, MASK: tl.constexpr, DOCUMENTS: tl.constexpr, CAP: tl.constexpr, SCORE: tl.constexpr,
-    WEIGHT: tl.constexpr, SEGMENTS: tl.constexpr, N: tl.constexpr,
+    WEIGHT: tl.constexpr, SEGMENTS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, one head, all tiles of keys that hold a visible pair."""
@@ -136,7 +164,7 @@ def prefill_kernel(
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < rows
-    d, n = tl.arange(0, BLOCK_D), tl.arange(0, N)
+    d, place = tl.arange(0, BLOCK_D), tl.arange(0, _PLACES)
     q_at = query + b * query_b + h * query_h + row * query_q
     q = tl.load(q_at[:, None] + d[None, :] * query_d, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
     key_at = key + b * key_b + h // ratio * key_h
@@ -149,7 +177,7 @@ def prefill_kernel(
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    sums = tl.zeros([BLOCK_R, N], tl.float32)
+    sums = tl.zeros([BLOCK_R, _PLACES], tl.float32)
     at = b * row_tiles + tile
     whole = tl.load(full + at)  # the first so many tiles of the list are full, the next are partly visible
     for index in range(0, whole + tl.load(some + at)):
@@ -163,7 +191,7 @@ def prefill_kernel(
         )
         logits = tile_logits(
             q, k, group + b * length, log_weight + b * weight_b, s, valid, scored,
-            scale, cap, visual_abs, visual_factor, system_factor, CAP, SCORE, WEIGHT,
+            scale, cap, visual_abs, visual_factor, system_factor, CAP, SCORE, WEIGHT, BLOCK_R,
         )  # fmt: skip
         if index >= whole:
             seen = seen_pairs(
@@ -177,11 +205,8 @@ def prefill_kernel(
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(p, 1)
         if SEGMENTS:
-            sums = sums * fade[:, None]
-            for i in tl.static_range(SEGMENTS):
-                member_at = segments + b * segments_b + s * segments_s + i * segments_n
-                member = tl.load(member_at, mask=valid, other=0.0)
-                sums += tl.where(n == i, 1.0, 0.0)[None, :] * tl.sum(p * member[None, :], 1)[:, None]
+            members = segments + b * segments_b + s[:, None] * _PLACES + place[None, :]
+            sums = add_masses(sums * fade[:, None], p, tl.load(members, mask=valid[:, None], other=0.0))
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = new
     any_key = total > 0
@@ -192,13 +217,13 @@ def prefill_kernel(
     row_at = pair.to(tl.int64) * rows + row
     tl.store(lse + row_at, tl.where(any_key, (finite(top) + tl.log2(total)) * LN2, float("-inf")), mask=inside)
     if SEGMENTS:
-        mass_at = mass + row_at[:, None] * SEGMENTS + n[None, :]
-        tl.store(mass_at, sums / total[:, None], mask=inside[:, None] & (n < SEGMENTS)[None, :])
+        mass_at = mass + row_at[:, None] * _PLACES + place[None, :]
+        tl.store(mass_at, sums / total[:, None], mask=inside[:, None])
 
 
 @triton.jit
 def sums_kernel(
-    query, key, lse, column_sum, state, summed,
+    query, key, lse, column_sum, state, summed, holding, number,
     group_of_rows, group, image_of_rows, image, document_of_rows, document, score_from, log_weight,
     scale, cap, visual_abs, visual_factor, system_factor,
     query_b, query_h, query_q, query_d, key_b, key_h, key_s, key_d, weight_b,
@@ -216,7 +241,8 @@ def sums_kernel(
     k = tl.load(key_at + s[None, :] * key_s + d[:, None] * key_d, mask=(d < dim)[:, None] & valid[None, :], other=0.0)
     start = tl.load(score_from + b) if SCORE else 0
     column = tl.zeros([BLOCK_S], tl.float32)
-    for i in range(0, row_tiles):
+    for j in range(0, tl.load(number + b)):  # tiles of rows that hold a summed one
+        i = tl.load(holding + b * row_tiles + j)
         kind = tl.load(state + (b * row_tiles + i) * key_tiles + tile)
         if kind > 0:
             row = i * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -225,7 +251,7 @@ def sums_kernel(
             q = tl.load(q_at[:, None] + d[None, :] * query_d, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
             logits = tile_logits(
                 q, k, group + b * length, log_weight + b * weight_b, s, valid, row + first_column >= start,
-                scale, cap, visual_abs, visual_factor, system_factor, CAP, SCORE, WEIGHT,
+                scale, cap, visual_abs, visual_factor, system_factor, CAP, SCORE, WEIGHT, BLOCK_R,
             )  # fmt: skip
             if kind == 1:
                 group_q = tl.load(group_of_rows + b * rows + row, mask=inside, other=_PAD).to(tl.int32)
@@ -299,7 +325,7 @@ def masked_attention(
     """
     batch, heads, rows, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    block = tuning.prefill(query, dim)
+    block = tuning.prefill(query, dim, numbers=log_weight is not None or segments is not None)
     block["BLOCK_R"] = min(block["BLOCK_R"], max(16, next_power(rows)))
     known = {} if known is None else known
     size = block["BLOCK_R"], block["BLOCK_S"]
@@ -309,11 +335,16 @@ def masked_attention(
     made: dict[str, Any] = {"dtype": torch.float32, "device": value.device}
     count = 0 if segments is None else segments.shape[2]
     out = torch.empty(batch, rows, heads, dim, dtype=value.dtype, device=value.device).transpose(1, 2)
-    lse, mass = torch.empty(batch, heads, rows, **made), torch.empty(batch, heads, rows, count, **made)
+    lse = torch.empty(batch, heads, rows, **made)
+    mass = torch.empty(batch, heads, rows, 0 if segments is None else 2 * MOST_SEGMENTS, **made)
     column_sum = torch.empty(batch, heads, 0 if summed is None else length, **made)
-    members = lse if segments is None else segments.float().expand(batch, length, count)
-    weight = lse if log_weight is None else log_weight.float().contiguous()
-    weight_b = length if log_weight is not None and len(log_weight) > 1 else 0
+    members = lse if segments is None else split(segments.float(), query.dtype)
+    weight = (
+        lse
+        if log_weight is None
+        else split((log_weight.float() * LOG2E.value).clamp_min(NEVER)[..., None], query.dtype)
+    )
+    weight_b, members_b = (t.stride(0) if t.dim() == 3 and len(t) > 1 else 0 for t in (weight, members))
     places = (*tokens, *tokens[: 6 - len(tokens)], tokens[0] if score_from is None else score_from)
     numbers = (scale, softcap or 1.0, *(score or (0.0, 1.0, 1.0)))
     sizes = (heads, heads // kv_heads, rows, length, dim, first, order.shape[1], order.shape[2])
@@ -328,15 +359,19 @@ def masked_attention(
     }
     prefill_kernel[(order.shape[1], batch * heads)](
         query, key, value, out, lse, mass, order, full, some, *places, weight, members, *numbers,
-        *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3], weight_b, *members.stride()[:3], *sizes,
-        SEGMENTS=count, N=next_power(count), **flags, **block,
+        *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3], weight_b, members_b, *sizes,
+        SEGMENTS=segments is not None, **flags, **block,
     )  # fmt: skip
     if summed is not None:
         kept = summed.expand(batch, rows)
         parts = torch.nn.functional.pad(kept, (0, order.shape[1] * block["BLOCK_R"] - rows))
-        held = state * parts.view(batch, order.shape[1], block["BLOCK_R"]).any(-1)[..., None]
+        holds = parts.view(batch, order.shape[1], block["BLOCK_R"]).any(-1)
+        holding = torch.argsort(holds, dim=-1, descending=True, stable=True).to(torch.int32)
+        number = holds.sum(-1, dtype=torch.int32)
         sums_kernel[(order.shape[2], batch * heads)](
-            query, key, lse, column_sum, held, kept.to(torch.uint8).contiguous(), *places, weight, *numbers,
+            query, key, lse, column_sum, state, kept.to(torch.uint8).contiguous(), holding, number, *places, weight, *numbers,
             *query.stride(), *key.stride(), weight_b, *sizes, **flags, **block,
         )  # fmt: skip
+    if segments is not None:
+        mass = mass.unflatten(-1, (2, -1)).sum(-2)[..., :count].contiguous()
     return out, lse, mass, column_sum

@@ -4,8 +4,9 @@ The equations are those of ``reference.py``. The keys are cut into T chunks, whi
 row and segment, its log-sum-exp and its normalised output. Chunks and segments recombine by the same rule, so that
 adding up the chunks and weighing the segments is one kernel.
 
-All query heads that share a KV head run in one program: a program's rows are ``head in the group * Q + query row``,
-filled up to the 16 rows a matrix instruction takes, so the ratio of heads need not be a power of two.
+All query heads that share a KV head run in one program, and every one of them once per segment: a program's rows are
+(segment, head of the group, query row), whose logits differ by the log membership only. Few of them fill the 16 rows
+that a matrix instruction takes, so that segments cost little, and the ratio of heads need not be a power of two.
 
 Only this module and its siblings ``triton_*.py`` import triton; they are loaded when a backend that needs them is used.
 """
@@ -22,13 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vlm_attn.kernels import tuning
+from vlm_attn.kernels.edited import MOST_SEGMENTS, NEVER
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_NEVER, _PLACES = tl.constexpr(NEVER), tl.constexpr(2 * MOST_SEGMENTS)
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
 SCORES = {"magnitude": 1, "logit": 2, "head_mean": 3}
 # Triton compiles again for sizes that are 1 or multiples of 16. These change while a cache grows: one version for all.
-GROWING = ["length", "chunk", "parts", "mask_b", "mask_h", "mask_q", "segments_b", "lse_row", "score_b", "score_q"]
+GROWING = ["length", "chunk", "parts", "mask_b", "mask_h", "mask_q", "logs_b", "lse_row", "score_b", "score_q"]
 
 
 def jit_growing(kernel):  # type: ignore[no-untyped-def]
@@ -72,45 +75,22 @@ def finite(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
-@triton.jit
-def fold(logits, member, value, top, total, out):
-    """Add a tile of keys, logits in base 2, to one segment's running maximum, sum and output."""
-    weighted = logits + tl.where(member > 0, tl.log2(tl.maximum(member, 1.2e-38)), float("-inf"))[None, :]
-    new = tl.maximum(top, tl.max(weighted, 1))
-    base = finite(new)
-    p = tl.exp2(weighted - base[:, None])
-    fade = tl.exp2(top - base)
-    total = total * fade + tl.sum(p, 1)
-    out = out * fade[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
-    return new, total, out
-
-
-@triton.jit
-def leave(lse_at, out_at, top, total, out, inside, d, dim, part, parts):
-    """Store one segment of one chunk; an empty one leaves no output, only the sign that it is empty."""
-    some = total > 0
-    tl.store(
-        lse_at + part, tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf")), mask=inside
-    )
-    out = out / tl.where(some, total, 1.0)[:, None]
-    tl.store(out_at[:, None] + part * dim + d[None, :], out, mask=(inside & some)[:, None] & (d < dim)[None, :])
-
-
 @jit_growing
 def partials_kernel(
-    query, key, value, segments, mask, score, lse, out,
+    query, key, value, logs, mask, score, lse, out,
     scale, cap, hidden,
     query_b, query_h, query_q, query_d, key_b, key_h, key_s, key_d, value_b, value_h, value_s, value_d,
-    segments_b, segments_s, segments_n, mask_b, mask_h, mask_q, mask_s,
+    logs_b, logs_s, mask_b, mask_h, mask_q, mask_s,
     score_b, score_q, score_s, kv_heads, ratio, rows, length, dim, chunk, parts,
-    N: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, SCORE: tl.constexpr,
+    N: tl.constexpr, WHOLE: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, SCORE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of keys, one tile of rows, one KV head."""
+    """One chunk of keys, one tile of rows, one KV head. A row is (segment, head of the group, query row)."""
     part, tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
-    r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = r < ratio * rows
+    i = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    n, r = i // (ratio * rows), i % (ratio * rows)
+    inside = n < N + WHOLE
     head, row = g * ratio + r // rows, r % rows
     d = tl.arange(0, BLOCK_D)
     q_at = query + b * query_b + head * query_h + row * query_q
@@ -118,22 +98,17 @@ def partials_kernel(
     mask_at = mask + b * mask_b + head * mask_h + row * mask_q
     key_at = key + b * key_b + g * key_h
     value_at = value + b * value_b + g * value_h
-    segments_at = segments + b * segments_b
     score_at = score + b * score_b + row * score_q
 
-    nothing = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    zeros = tl.zeros([BLOCK_R], tl.float32)
-    empty = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    top_all, total_all = nothing, zeros
-    top0, total0, out0 = nothing, zeros, empty
-    top1, total1, out1 = nothing, zeros, empty
-    top2, total2, out2 = nothing, zeros, empty
-    top3, total3, out3 = nothing, zeros, empty
-    top4, total4, out4 = nothing, zeros, empty
-    top5, total5, out5 = nothing, zeros, empty
-    top6, total6, out6 = nothing, zeros, empty
-    top7, total7, out7 = nothing, zeros, empty
+    # A row's log memberships by a product with what it is a row of: loading them for every row would cost more than K and V.
+    # WHOLE: behind the segments stands one more, to which every key belongs: log membership 0, a row of zeros.
+    place = tl.arange(0, _PLACES)
+    which = ((place[None, :] % (_PLACES // 2) == n[:, None]) & (n < N)[:, None]).to(logs.dtype.element_ty)
+    logs_at = logs + b * logs_b
 
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     stop = tl.minimum((part + 1) * chunk, length)
     for first in range(part * chunk, stop, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
@@ -144,10 +119,11 @@ def partials_kernel(
         v = tl.load(
             value_at + s[:, None] * value_s + d[None, :] * value_d, mask=valid[:, None] & (d < dim)[None, :], other=0.0
         )
+        log = tl.load(logs_at + s[None, :] * logs_s + place[:, None], mask=valid[None, :], other=0.0)
+        visible = inside[:, None] & valid[None, :]
         logits = tl.dot(q, k, input_precision="ieee") * scale
         if CAP:
             logits = soft_cap(logits, cap)
-        visible = inside[:, None] & valid[None, :]
         if SCORE:
             w = tl.load(score_at[:, None] + s[None, :] * score_s, mask=visible, other=0.0)
             if SCORE == 1:
@@ -162,69 +138,26 @@ def partials_kernel(
             added = tl.load(mask_at[:, None] + s[None, :] * mask_s, mask=visible, other=float("-inf")).to(tl.float32)
             visible = visible & (added > hidden)
             logits += tl.where(visible, added, 0.0)
-        logits = tl.where(visible, logits * LOG2E, float("-inf"))
-
-        new = tl.maximum(top_all, tl.max(logits, 1))
+        logits *= LOG2E
+        weight = tl.dot(which, log, input_precision="ieee")
+        logits = tl.where(visible & (weight > _NEVER / 2), logits + weight, float("-inf"))
+        new = tl.maximum(top, tl.max(logits, 1))
         base = finite(new)
-        total_all = total_all * tl.exp2(top_all - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
-        top_all = new
-        # Most tiles hold one segment only: the others cost a look at their membership.
-        member = tl.load(segments_at + s * segments_s, mask=valid, other=0.0)
-        if tl.max(member, 0) > 0:
-            top0, total0, out0 = fold(logits, member, v, top0, total0, out0)
-        if N > 1:
-            member = tl.load(segments_at + s * segments_s + segments_n, mask=valid, other=0.0)
-            if tl.max(member, 0) > 0:
-                top1, total1, out1 = fold(logits, member, v, top1, total1, out1)
-        if N > 2:
-            member = tl.load(segments_at + s * segments_s + 2 * segments_n, mask=valid, other=0.0)
-            if tl.max(member, 0) > 0:
-                top2, total2, out2 = fold(logits, member, v, top2, total2, out2)
-        if N > 3:
-            member = tl.load(segments_at + s * segments_s + 3 * segments_n, mask=valid, other=0.0)
-            if tl.max(member, 0) > 0:
-                top3, total3, out3 = fold(logits, member, v, top3, total3, out3)
-        if N > 4:
-            member = tl.load(segments_at + s * segments_s + 4 * segments_n, mask=valid, other=0.0)
-            if tl.max(member, 0) > 0:
-                top4, total4, out4 = fold(logits, member, v, top4, total4, out4)
-        if N > 5:
-            member = tl.load(segments_at + s * segments_s + 5 * segments_n, mask=valid, other=0.0)
-            if tl.max(member, 0) > 0:
-                top5, total5, out5 = fold(logits, member, v, top5, total5, out5)
-        if N > 6:
-            member = tl.load(segments_at + s * segments_s + 6 * segments_n, mask=valid, other=0.0)
-            if tl.max(member, 0) > 0:
-                top6, total6, out6 = fold(logits, member, v, top6, total6, out6)
-        if N > 7:
-            member = tl.load(segments_at + s * segments_s + 7 * segments_n, mask=valid, other=0.0)
-            if tl.max(member, 0) > 0:
-                top7, total7, out7 = fold(logits, member, v, top7, total7, out7)
+        p = tl.exp2(logits - base[:, None])
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.sum(p, 1)
+        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        top = new
 
+    some = total > 0
     at = pair.to(tl.int64) * ratio * rows + r  # row of [B * H * Q]
-    lse_at = lse + at * ((N + 1) * parts)
-    out_at = out + at * (N * parts * dim)
-    step = parts * dim
-    leave(lse_at, out_at, top0, total0, out0, inside, d, dim, part, parts)
-    if N > 1:
-        leave(lse_at + parts, out_at + step, top1, total1, out1, inside, d, dim, part, parts)
-    if N > 2:
-        leave(lse_at + 2 * parts, out_at + 2 * step, top2, total2, out2, inside, d, dim, part, parts)
-    if N > 3:
-        leave(lse_at + 3 * parts, out_at + 3 * step, top3, total3, out3, inside, d, dim, part, parts)
-    if N > 4:
-        leave(lse_at + 4 * parts, out_at + 4 * step, top4, total4, out4, inside, d, dim, part, parts)
-    if N > 5:
-        leave(lse_at + 5 * parts, out_at + 5 * step, top5, total5, out5, inside, d, dim, part, parts)
-    if N > 6:
-        leave(lse_at + 6 * parts, out_at + 6 * step, top6, total6, out6, inside, d, dim, part, parts)
-    if N > 7:
-        leave(lse_at + 7 * parts, out_at + 7 * step, top7, total7, out7, inside, d, dim, part, parts)
-    some = total_all > 0
-    all_at = lse_at + N * parts + part
-    tl.store(
-        all_at, tl.where(some, (top_all + tl.log2(tl.where(some, total_all, 1.0))) * LN2, float("-inf")), mask=inside
-    )
+    lse_at = lse + (at * (N + WHOLE) + n) * parts + part
+    tl.store(lse_at, tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf")), mask=inside)
+    # An empty segment leaves no output, only the sign that it is empty.
+    out_at = out + ((at * N + n) * parts + part) * dim
+    kept = some & (n < N)
+    acc = acc / tl.where(some, total, 1.0)[:, None]
+    tl.store(out_at[:, None] + d[None, :], acc, mask=kept[:, None] & (d < dim)[None, :])
 
 
 @jit_growing
@@ -258,18 +191,20 @@ def head_mean_kernel(
 
 
 @jit_growing
-def masses_kernel(lse, mass, N, parts, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Masses of one row from its chunks: segment n's sum over the sum of all keys, which stands behind the segments."""
+def masses_kernel(lse, mass, N, begin, end, parts, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Masses of one row from its chunks: segment n's sum over that of all keys, the segments ``begin .. end - 1`` together."""
     row = tl.program_id(0).to(tl.int64)
     n, t = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
+    stored = tl.maximum(N, end)
     x = tl.load(
-        lse + row * (N + 1) * parts + n[:, None] * parts + t[None, :],
-        mask=(n <= N)[:, None] & (t < parts)[None, :],
+        lse + row * stored * parts + n[:, None] * parts + t[None, :],
+        mask=(n < stored)[:, None] & (t < parts)[None, :],
         other=float("-inf"),
     )
-    base = finite(tl.max(tl.max(tl.where((n == N)[:, None], x, float("-inf")), 1), 0))
+    all_keys = (n >= begin) & (n < end)
+    base = finite(tl.max(tl.max(tl.where(all_keys[:, None], x, float("-inf")), 1), 0))
     sums = tl.sum(tl.exp2((x - base) * LOG2E), 1)
-    total = tl.sum(tl.where(n == N, sums, 0.0), 0)
+    total = tl.sum(tl.where(all_keys, sums, 0.0), 0)
     tl.store(mass + row * N + n, tl.where(total > 0, sums / tl.where(total > 0, total, 1.0), 0.0), mask=n < N)
 
 
@@ -332,12 +267,19 @@ def next_power(n: int, least: int = 1) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
+def _blocks(query: Tensor, rows: int, dim: int) -> dict[str, Any]:
+    """What of ``tuning.decode`` a launch takes."""
+    return {name: n for name, n in tuning.decode(query, rows, dim).items() if name != "resident"}
+
+
 @on_its_device
 def partials(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Tensor,
+    logs: Tensor,
+    count: int,
+    whole: bool,
     mask: Tensor | None,
     scale: float,
     softcap: float | None,
@@ -351,7 +293,9 @@ def partials(
         query: ``[B, H, Q, D]``, any strides, as all inputs.
         key: ``[B, G, S, D]``.
         value: ``[B, G, S, D]``.
-        segments: ``[B or 1, S, N]`` float32, N <= 8.
+        logs: ``[B or 1, S, 16]``, see ``edited.log_members``.
+        count: number of segments, N.
+        whole: also the log-sum-exp of all keys together, as index N; where segments form a partition it is theirs.
         mask: bool or additive ``[B or 1, H or 1, Q, >= S]``.
         scale: factor on the dot products.
         softcap: see ``attention_rows``.
@@ -360,16 +304,17 @@ def partials(
         parts: number of chunks the keys are cut into, at most; 0 = as many as keep the device busy.
 
     Returns:
-        ``lse [B * H * Q, N + 1, T]`` float32, index N for all keys together, and ``out [B * H * Q, N, T, D]`` float32,
-        not written where lse is ``-inf``.
+        ``lse [B * H * Q, N or N + 1, T]`` float32 and ``out [B * H * Q, N, T, D]`` float32, not written where lse is ``-inf``.
     """
     batch, heads, rows, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    count, ratio = segments.shape[2], heads // kv_heads
-    block = tuning.decode(query, ratio * rows, dim)
-    chunk = tuning.chunk(query, key, parts)
-    tiles, parts = triton.cdiv(ratio * rows, block["BLOCK_R"]), triton.cdiv(length, chunk)
-    lse = torch.empty(batch * heads * rows, count + 1, parts, dtype=torch.float32, device=query.device)
+    ratio = heads // kv_heads
+    stored = count + whole
+    lines = stored * ratio * rows
+    block = _blocks(query, lines, dim)
+    chunk = tuning.chunk(query, key, stored, parts)
+    tiles, parts = triton.cdiv(lines, block["BLOCK_R"]), triton.cdiv(length, chunk)
+    lse = torch.empty(batch * heads * rows, stored, parts, dtype=torch.float32, device=query.device)
     out = torch.empty(batch * heads * rows, count, parts, dim, dtype=torch.float32, device=query.device)
     kind, hidden, seen = NO_MASK, 0.0, query
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
@@ -379,16 +324,16 @@ def partials(
         seen = mask.view(torch.uint8) if kind == BOOL_MASK else mask
         seen = seen[..., :length].expand(batch, heads, rows, length)
         mask_strides = seen.stride()
-    segments = segments.expand(batch, length, count)
+    logs = logs.expand(batch, -1, -1)
     if score is not None and score_of == "head_mean":
         score = score * head_mean(query, key, scale, softcap)
     weights = query[0] if score is None else score.expand(batch, rows, length)
     partials_kernel[(parts, tiles, batch * kv_heads)](
-        query, key, value, segments, seen, weights, lse, out,
+        query, key, value, logs, seen, weights, lse, out,
         scale, softcap or 1.0, hidden,
-        *query.stride(), *key.stride(), *value.stride(), *segments.stride(), *mask_strides,
+        *query.stride(), *key.stride(), *value.stride(), *logs.stride()[:2], *mask_strides,
         *weights.stride(), kv_heads, ratio, rows, length, dim, chunk, parts,
-        N=count, MASK=kind, CAP=softcap is not None, SCORE=0 if score is None else SCORES[score_of],
+        N=count, WHOLE=int(whole), MASK=kind, CAP=softcap is not None, SCORE=0 if score is None else SCORES[score_of],
         BLOCK_D=next_power(dim, 16), **block,
     )  # fmt: skip
     return lse, out
@@ -399,7 +344,7 @@ def head_mean(query: Tensor, key: Tensor, scale: float, softcap: float | None) -
     """Mean over the heads of the logits' magnitude, ``[B, Q, S]`` float32."""
     batch, heads, rows, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    block = tuning.decode(query, rows, dim)
+    block = _blocks(query, rows, dim)
     size = torch.empty(batch, rows, length, dtype=torch.float32, device=query.device)
     head_mean_kernel[(triton.cdiv(length, block["BLOCK_S"]), triton.cdiv(rows, block["BLOCK_R"]), batch)](
         query, key, size, scale, softcap or 1.0, *query.stride(), *key.stride(),
@@ -409,11 +354,19 @@ def head_mean(query: Tensor, key: Tensor, scale: float, softcap: float | None) -
 
 
 @on_its_device
-def masses(lse: Tensor) -> Tensor:
-    """Masses ``[B * H * Q, N]`` float32 from ``lse [B * H * Q, N + 1, T]``."""
-    count, parts = lse.shape[1] - 1, lse.shape[2]
+def masses(lse: Tensor, count: int, partition: int) -> Tensor:
+    """Masses ``[B * H * Q, N]`` float32 from ``lse`` of :func:`partials`.
+
+    Args:
+        lse: ``[B * H * Q, N, T]``, or ``[B * H * Q, N + 1, T]`` with all keys together as index N.
+        count: N.
+        partition: how many of the segments, the first, hold every key once; not read where lse holds all keys together.
+    """
+    stored, parts = lse.shape[1:]
+    begin, end = (0, partition) if stored == count else (count, count + 1)
     mass = torch.empty(lse.shape[0], count, dtype=torch.float32, device=lse.device)
-    masses_kernel[(lse.shape[0],)](lse, mass, count, parts, BLOCK_N=next_power(count + 1, 8), BLOCK_T=64, num_warps=1)
+    blocks = {"BLOCK_N": next_power(stored, 8), "BLOCK_T": 64}
+    masses_kernel[(lse.shape[0],)](lse, mass, count, begin, end, parts, **blocks, num_warps=1)
     return mass
 
 
@@ -442,12 +395,13 @@ def _launch_combine(
 ) -> None:
     """``result [B, H, Q, D]`` of any strides but the last."""
     batch, heads, rows, dim = result.shape
+    pieces = count * parts
     combine_kernel[(batch * heads * rows,)](
         lse, out, lse if weight is None else weight, lse if head_scale is None else head_scale, result,
         lse if result_lse is None else result_lse,
         lse.stride(0), out.stride(0), count, parts, heads, rows, dim, *result.stride()[:3],
         WEIGHT=0 if weight is None else kind, SCALE=head_scale is not None, KEEP_LSE=result_lse is not None,
-        BLOCK_M=64 if count * parts <= 64 else 512, BLOCK_D=next_power(dim), STEP=16, num_warps=4,
+        BLOCK_M=64 if pieces <= 64 else 512, BLOCK_D=next_power(dim), STEP=16 if pieces <= 32 else 64, num_warps=4,
     )  # fmt: skip
 
 

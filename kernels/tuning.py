@@ -1,7 +1,8 @@
 """Block sizes of the Triton kernels, as data: the first row that fits is used. No search at run time.
 
-No row has been timed: they are the largest blocks with which five accumulators stay in registers and a program in shared
-memory when the kernels are compiled ahead of time for sm_80, sm_90, sm_100 and gfx942.
+Rows for compute capability 9 and 256 bytes (half precision, D 128) are the fastest of ten or six on an H200. The others have
+not been timed: they are the largest blocks that stay in registers and in shared memory when the kernels are compiled ahead
+of time for sm_80, sm_90, sm_100, sm_120 and gfx942.
 """
 
 from __future__ import annotations
@@ -12,16 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Segmented decode: (least compute capability, most bytes of one row of D values), block of keys, warps, stages.
+#: Segmented decode: (least compute capability, most bytes of one row of D values, most rows): block of keys, warps, stages,
+#: and how many programs a multiprocessor holds at once. A row of a program is a segment of a head's query row; more rows than
+#: the last number take several programs.
 DECODE = [
-    ((0, 128), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}),
-    ((0, 256), {"BLOCK_S": 64, "num_warps": 8, "num_stages": 3}),
-    ((0, 512), {"BLOCK_S": 32, "num_warps": 8, "num_stages": 3}),
-    ((0, 1024), {"BLOCK_S": 16, "num_warps": 8, "num_stages": 2}),
+    ((9, 256, 16), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3, "resident": 3}),
+    ((9, 256, 32), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3, "resident": 2}),
+    ((9, 256, 64), {"BLOCK_S": 32, "num_warps": 4, "num_stages": 3, "resident": 2}),
+    ((0, 128, 64), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3, "resident": 2}),
+    ((0, 256, 32), {"BLOCK_S": 32, "num_warps": 4, "num_stages": 3, "resident": 2}),
+    ((0, 512, 16), {"BLOCK_S": 32, "num_warps": 4, "num_stages": 2, "resident": 2}),
+    ((0, 1024, 16), {"BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "resident": 2}),
 ]
 #: Masked prefill and column sums: as above, with a block of rows. Rows and keys of a block are powers of two.
 PREFILL = [
-    ((9, 256), {"BLOCK_R": 128, "BLOCK_S": 64, "num_warps": 8, "num_stages": 3}),
+    (
+        (12, 256),
+        {"BLOCK_R": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 2},
+    ),  # less shared memory than 9 and 10 have
+    ((9, 256), {"BLOCK_R": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 3}),
     ((0, 128), {"BLOCK_R": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 3}),
     ((0, 256), {"BLOCK_R": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 2}),
     ((0, 512), {"BLOCK_R": 64, "BLOCK_S": 32, "num_warps": 8, "num_stages": 2}),
@@ -46,43 +56,52 @@ def device(tensor: Tensor) -> tuple[int, int]:
     return _device(tensor.device.index or 0 if tensor.is_cuda else -1)
 
 
-def row(table: list[tuple[tuple[int, int], dict[str, int]]], major: int, width: int) -> dict[str, int]:
-    """A copy of the first row of a table for a compute capability and for rows of ``width`` bytes."""
-    for (least, most), block in table:
-        if major >= least and width <= most:
-            return dict(block)
-    raise ValueError(f"no block sizes for rows of {width} bytes: head dimensions up to 256 are supported")
+def row(table: list[tuple[Any, dict[str, int]]], major: int, width: int, rows: int = 1) -> tuple[Any, dict[str, int]]:
+    """The first row of a table for a compute capability, rows of ``width`` bytes and, if it can be, ``rows`` of them.
+
+    Returns:
+        Its key and a copy of its blocks.
+    """
+    fits = [(key, dict(block)) for key, block in table if major >= key[0] and width <= key[1]]
+    if not fits:
+        raise ValueError(f"no block sizes for rows of {width} bytes: head dimensions up to 256 are supported")
+    # Of the narrowest rows that fit, those that take all rows at once, else as many as any takes.
+    fits = [(key, block) for key, block in fits if key[:2] == fits[0][0][:2]]
+    return next(((key, block) for key, block in fits if rows <= key[-1]), fits[-1])
 
 
 def decode(query: Tensor, rows: int, dim: int) -> dict[str, Any]:
-    """Blocks of the segmented kernel for ``rows`` rows per KV head."""
+    """Blocks of the segmented kernel for ``rows`` rows per KV head, those of every segment, and ``resident``."""
     width = max(16, 1 << (dim - 1).bit_length()) * query.element_size()
-    block = row(DECODE, device(query)[0], width)
-    # Every segment keeps an accumulator of BLOCK_R x D in registers: 32 rows only where D is small.
-    block["BLOCK_R"] = 32 if rows > 16 and dim <= 64 else 16
+    (*_, most), block = row(DECODE, device(query)[0], width, rows)
+    return block | {"BLOCK_R": min(most, max(16, 1 << (rows - 1).bit_length()))}
+
+
+def prefill(query: Tensor, dim: int, numbers: bool = False) -> dict[str, Any]:
+    """Blocks of the prefill kernel; ``numbers``: it also loads log weights or memberships of the keys."""
+    block = row(PREFILL, device(query)[0], max(16, 1 << (dim - 1).bit_length()) * query.element_size())[1]
+    if numbers:  # a third stage would leave room for one program per multiprocessor instead of two
+        block["num_stages"] = 2
     return block
 
 
-def prefill(query: Tensor, dim: int) -> dict[str, Any]:
-    """Blocks of the prefill kernel."""
-    return row(PREFILL, device(query)[0], max(16, 1 << (dim - 1).bit_length()) * query.element_size())
-
-
-def chunk(query: Tensor, key: Tensor, most: int = 0) -> int:
+def chunk(query: Tensor, key: Tensor, count: int, most: int = 0) -> int:
     """How many keys a program of the segmented kernel takes, a multiple of its block.
 
     Args:
         query: ``[B, H, Q, D]``.
         key: ``[B, G, S, D]``.
-        most: number of chunks, at most; 0 = enough for two programs per multiprocessor.
+        count: number of segments that are stored.
+        most: number of chunks, at most; 0 = see :func:`parts`.
     """
     batch, heads, rows, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    block = decode(query, heads // kv_heads * rows, dim)
+    lines = count * heads // kv_heads * rows
+    block = decode(query, lines, dim)
     size = block["BLOCK_S"]
     if not most:
-        programs = batch * kv_heads * -(-(heads // kv_heads * rows) // block["BLOCK_R"])
-        most = parts(query, programs, length, size)
+        programs = batch * kv_heads * -(-lines // block["BLOCK_R"])
+        most = parts(query, programs, length, size, block["resident"])
     return -(-length // (most * size)) * size
 
 
@@ -93,7 +112,12 @@ def probe(query: Tensor, rows: int, dim: int) -> dict[str, Any]:
     return block
 
 
-def parts(query: Tensor, programs: int, length: int, size: int) -> int:
-    """Number of chunks that gives every multiprocessor about two programs."""
-    wanted = -(-2 * device(query)[1] // programs)
-    return max(1, min(wanted, length // max(size, LEAST_KEYS), MOST_PARTS))
+def parts(query: Tensor, programs: int, length: int, size: int, resident: int = 2) -> int:
+    """Number of chunks with which ``programs`` times as many programs fill the device once, or nearly so a few times."""
+    slots = resident * device(query)[1]
+    most = max(1, min(length // max(size, LEAST_KEYS), MOST_PARTS))
+    for turns in range(1, 5):
+        count = turns * slots // programs
+        if count and count * programs >= 0.9 * turns * slots:
+            return min(count, most)
+    return min(max(1, slots // programs), most)

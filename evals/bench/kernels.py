@@ -17,7 +17,7 @@ import inspect
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,11 +146,17 @@ def decode_case(
     sink_ids = torch.where(sinks, torch.where(visual, 3, 2), visual.int())
     saliency = torch.rand(batch, length, device=device)
     expanded = visual_ids.expand(batch, -1)
-    gift = Edit(one_hot_segments(expanded, 3, twin_of=1, log_weight=4.0 * saliency), Gift().reweigh)
+    # As in a compiled model: a policy is then one kernel, or a few. FlexAttention is compiled as well.
+    policy = torch.compile if device == "cuda" else lambda function: function
+    gift = Edit(
+        one_hot_segments(expanded, 3, twin_of=1, log_weight=4.0 * saliency), policy(Gift().reweigh), partition=3
+    )
     edits = {
-        "ours plain": Edit(torch.ones(batch, length, 1, device=device), torch.ones_like),
+        "ours plain": Edit(torch.ones(batch, length, 1, device=device), torch.ones_like, partition=1),
         "ours gift": gift,
-        "ours var": Edit(one_hot_segments(sink_ids.expand(batch, -1), 4), Var().reweigh, conserves=True),
+        "ours var": Edit(
+            one_hot_segments(sink_ids.expand(batch, -1), 4), policy(Var().reweigh), conserves=True, partition=4
+        ),
         "flex gift": gift,
         "flex flash gift": gift,
     }
@@ -499,9 +505,13 @@ def measure(
     small: bool,
     flex: bool,
     seed: int,
-    done: Callable[[str, dict], None],
+    done: Callable[[str, dict[str, Any]], None],
+    batch: Sequence[int] = (),
+    keys: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Measure everything; see :func:`kernels` for the parameters.
+    """Measure everything, or the cases of these batches and numbers of keys; see :func:`kernels` for the parameters.
+
+    ``done(kind, result)`` hears of every case.
 
     Returns:
         The result as it is written to JSON.
@@ -521,10 +531,14 @@ def measure(
         for name, run, shapes in zip(("decode", "prefill"), runs, cases(device, small), strict=True):
             result[name] = []
             for shape in shapes:
-                torch.compiler.reset()  # FlexAttention compiles for every shape
+                if (batch and shape[0] not in batch) or (keys and shape[2] not in keys):
+                    continue
+                torch.compiler.reset()  # after eight shapes it would compile no more
                 row = run(*shape, device=device, dtype=dtype, repeats=repeats, flex=flex)
-                done(name, row)
                 result[name].append(row)
+                done(name, result)
+    if not result["decode"] and not result["prefill"]:
+        raise ValueError(f"no case of batch {list(batch) or 'any'} and keys {list(keys) or 'any'} on {device}")
     return result
 
 
@@ -562,6 +576,12 @@ def kernels(
         bool | None,
         typer.Option("--flex/--no-flex", help="FlexAttention, which compiles for every case.", show_default="on CUDA"),
     ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Only cases of this batch; repeats.", show_default="all")
+    ] = None,
+    keys: Annotated[
+        list[int] | None, typer.Option(help="Only cases of this many keys; repeats.", show_default="all")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the tensors and of the order.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")
@@ -580,6 +600,12 @@ def kernels(
     if wanted not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype {wanted!r}: expected float32, float16 or bfloat16")
     console = Console()
+
+    def done(kind: str, result: dict[str, Any]) -> None:
+        _print(console, kind, result[kind][-1])
+        if json_file is not None:  # a run is long: what it has is kept
+            write_json(json_file, result)
+
     result = measure(
         device=device,
         dtype=getattr(torch, wanted),
@@ -587,15 +613,15 @@ def kernels(
         small=small,
         flex=device == "cuda" if flex is None else flex,
         seed=seed,
-        done=lambda kind, row: _print(console, kind, row),
+        batch=batch or (),
+        keys=keys or (),
+        done=done,
     )
     reached = result["ceilings"]
     console.print(
         f"{result['device']}, {result['threads']} threads, torch {torch.__version__}, {wanted}; measured ceilings: copy "
         f"{reached['copy_bytes_per_second'] / 1e9:.3g} GB/s, matmul {reached['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s"
     )
-    if json_file is not None:
-        write_json(json_file, result)
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ import vlm_attn
 from tests import tiny
 from tests.helpers import ACTIVE, close, differ, generate, logits, same
 from tests.kernels.running import DEVICE, why_not
-from vlm_attn import Method, engine, registry
+from vlm_attn import Method, engine, host, registry
 from vlm_attn.kernels import Edit, dispatch, merged, one_hot_segments, prefer
 
 PROMPTS = [[3, "image", 7], [1, "image", 4]]
@@ -105,6 +105,22 @@ def test_the_kernel_draws_the_mask_of_the_prompt(name: str, base: str, ran: Coun
 
 
 @pytest.mark.filterwarnings("ignore:.*this mask belongs to models:UserWarning")
+@pytest.mark.parametrize("name", ["mma", "prefix_lm"])
+def test_a_second_turn_behind_a_filled_cache(name: str, ran: Counter[str]) -> None:
+    model, inputs = tiny.llava()
+    with vlm_attn.patched(model, name):
+        out = model.generate(**inputs(PROMPTS[:1]), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        ids = torch.cat([out.sequences, torch.tensor([[5, 9, 11, 4]])], 1)
+        x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        wanted = generate(model, x | {host.CACHE: copy.deepcopy(host.cache_of(out))}, 2)
+        assert not ran
+        with prefer("triton"):
+            got = generate(model, x | {host.CACHE: host.cache_of(out)}, 2)
+    same(got, wanted)
+    assert ran["masked_attention"] == 4, ran  # once a layer
+
+
+@pytest.mark.filterwarnings("ignore:.*this mask belongs to models:UserWarning")
 def test_edits_on_top_of_a_drawn_mask(ran: Counter[str]) -> None:
     """Rows that are read and edited get their own rows of the mask: the question's, all text, and the last one by itself."""
     model, x = built()
@@ -176,6 +192,27 @@ def test_compiled_decode_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
     assert len(calls) == 9  # the last row of the prompt and two steps, in three layers
+
+
+@pytest.mark.parametrize("name", ["gift", "var", "ilvad"])
+def test_what_is_called_a_partition_is_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel adds these segments' masses up to that of all keys."""
+    made: list[Edit] = []
+    start = Edit.__init__
+
+    def noted(self: Edit, *args: Any, **options: Any) -> None:
+        start(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(Edit, "__init__", noted)
+    model, x = built()
+    with vlm_attn.patched(model, registry.build(name, **ACTIVE.get(name, {"layers": (1, 2, 3)}))):
+        generate(model, x, 3)
+    assert made
+    for edit in made:
+        keys = edit.over(edit.segments.shape[1] + 3)
+        assert 0 < edit.partition <= keys.shape[2]
+        assert bool((keys[..., : edit.partition].sum(-1) == 1).all())
 
 
 def test_two_methods_decode_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 8),
     "sm_90": (GPUTarget("cuda", 90, 32), 9),
     "sm_100": (GPUTarget("cuda", 100, 32), 10),
+    "sm_120": (GPUTarget("cuda", 120, 32), 12),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 0),
 }
 MATRIX = r"mma\.sync|wgmma\.mma|tcgen05\.mma|v_mfma"
@@ -43,12 +44,13 @@ ODD = {
 }
 FLOATS = {"scale", "cap", "hidden", "visual_abs", "visual_factor", "system_factor"}
 POINTERS = {
-    "query": "bf16", "key": "bf16", "value": "bf16", "segments": "fp32", "mask": "u8", "lse": "fp32", "out": "fp32",
+    "query": "bf16", "key": "bf16", "value": "bf16", "segments": "fp16", "logs": "fp16", "mask": "u8",
+    "lse": "fp32", "out": "fp32",
     "mass": "fp32", "weight": "fp32", "head_scale": "fp32", "result": "bf16", "result_lse": "fp32", "keys": "u8",
     "last_column": "i32", "entropy": "fp32", "attention": "fp32", "column_sum": "fp32", "state": "i8", "order": "i32",
     "full": "i32", "some": "i32", "group_of_rows": "u8", "group": "u8", "image_of_rows": "i32", "image": "i32",
-    "score": "fp32", "score_from": "i64", "document_of_rows": "i32", "document": "i32", "log_weight": "fp32",
-    "summed": "u8", "size": "fp32",
+    "score": "fp32", "score_from": "i64", "document_of_rows": "i32", "document": "i32", "log_weight": "fp16",
+    "summed": "u8", "size": "fp32", "holding": "i32", "number": "i32",
 }  # fmt: skip
 
 
@@ -85,33 +87,34 @@ def configurations(major: int) -> Any:
     """Kernel, constants, options, other types, and whether it multiplies matrices (None: as the device likes, in float32)."""
     unit = {"query_d": 1, "key_d": 1}
     single = dict.fromkeys(("query", "key", "value", "out"), "fp32")
-    for dim, count, score in ((64, 4, 1), (128, 5, 0), (128, 8, 2), (256, 5, 0), (256, 8, 0)):
-        blocks, options = split(tuning.row(tuning.DECODE, major, 2 * dim))
-        sizes = {"N": count, "BLOCK_R": 16, "BLOCK_D": dim}
+    for dim, count, score in ((64, 4, 1), (128, 4, 0), (128, 8, 2), (256, 5, 0), (256, 8, 0)):
+        (*_, most), block = tuning.row(tuning.DECODE, major, 2 * dim, count * 8)
+        blocks, options = split(block)
+        sizes = {"N": count, "WHOLE": count == 4, "BLOCK_R": most, "BLOCK_D": dim}
         flags = {"MASK": 1, "CAP": dim == 256, "SCORE": score}
-        strides = {"value_d": 1, "mask_s": 1, "segments_n": 1, "score_s": 1}
+        strides = {"value_d": 1, "mask_s": 1, "score_s": 1}
         constants = {**sizes, **flags, **strides, **blocks, **unit}
         yield triton_segmented.partials_kernel, constants, options, {}, True
-    blocks, options = split(tuning.row(tuning.DECODE, major, 1024))
+    blocks, options = split(tuning.row(tuning.DECODE, major, 1024)[1])
     yield triton_segmented.partials_kernel, {**constants, "N": 5, **blocks}, options, single, None
-    blocks, options = split(tuning.row(tuning.DECODE, major, 256))
+    blocks, options = split(tuning.row(tuning.DECODE, major, 256)[1])
     flags = {"CAP": True, "BLOCK_R": 16, "BLOCK_D": 128, **blocks, **unit}
     yield triton_segmented.head_mean_kernel, flags, options, {}, True
     yield triton_segmented.masses_kernel, {"BLOCK_N": 16, "BLOCK_T": 64}, {"num_warps": 1}, {}, False
-    flags = {"WEIGHT": 1, "SCALE": True, "KEEP_LSE": False, "BLOCK_M": 512, "BLOCK_D": 128, "STEP": 16}
+    flags = {"WEIGHT": 1, "SCALE": True, "KEEP_LSE": False, "BLOCK_M": 512, "BLOCK_D": 128, "STEP": 64}
     yield triton_segmented.combine_kernel, flags, {"num_warps": 4}, {}, False
     for dim, name, full in ((64, "causal", True), (128, "modality-mutual", False), (256, "vision-block", True)):
-        blocks, options = split(tuning.row(tuning.PREFILL, major, 2 * dim))
+        blocks, options = split(tuning.row(tuning.PREFILL, major, 2 * dim)[1])
         clauses = [int(number) for clause in masks.named(name).clauses for number in clause]
         documents = {"DOCUMENTS": full}
         mask = {"COUNT": len(clauses) // 4, "MASK": triton_prefill.padded(clauses), **documents, **blocks}
         yield triton_prefill.tiles_kernel, mask, {}, {}, False
         flags = {"CAP": False, "SCORE": dim == 128, "WEIGHT": full, "BLOCK_D": dim, **unit}
-        sums = {"SEGMENTS": 4 * full, "N": 4 if full else 1, "value_d": 1}
+        sums = {"SEGMENTS": full, "value_d": 1}
         yield triton_prefill.prefill_kernel, {**mask, **flags, **sums}, options, {"out": "bf16"}, True
         yield triton_prefill.sums_kernel, {**mask, **flags}, options, {}, True
         if dim == 256:
-            wide, options_of_wide = split(tuning.row(tuning.PREFILL, major, 1024))
+            wide, options_of_wide = split(tuning.row(tuning.PREFILL, major, 1024)[1])
             yield triton_prefill.prefill_kernel, {**mask, **flags, **sums, **wide}, options_of_wide, single, None
         flags = {"MASK": 0, "CAP": False, "LAST": True, "KEYS": True, "BLOCK_D": dim, "mask_s": 1, **unit}
         yield triton_probe.totals_kernel, {**flags, **blocks, "COUNT": 4, "N": 4, "BLOCK_R": 64}, options, {}, True

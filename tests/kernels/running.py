@@ -51,14 +51,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
-def as_good(got: Tensor, wanted: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
-    """Error of ``got`` at most twice that of ``plain``, plus four roundings of the largest value."""
+def as_good(got: Tensor, wanted: Tensor, plain: Tensor, dtype: torch.dtype, summands: Tensor | None = None) -> None:
+    """Error of ``got`` at most twice that of ``plain``, plus four roundings of the largest value, or of what is averaged."""
     assert got.shape == wanted.shape
     assert not got.isnan().any()
     infinite = wanted.isinf()
     assert torch.equal(got.isinf(), infinite)
     got, plain, wanted = (t.double().masked_fill(infinite, 0.0) for t in (got, plain, wanted))
-    allowed = 2 * (plain - wanted).abs().max() + 4 * torch.finfo(dtype).eps * wanted.abs().max().clamp_min(1e-6)
+    largest = (wanted if summands is None else summands.double()).abs().max().clamp_min(1e-6)
+    allowed = 2 * (plain - wanted).abs().max() + 4 * torch.finfo(dtype).eps * largest
     error = (got - wanted).abs().max()
     assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
 

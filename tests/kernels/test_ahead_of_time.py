@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
-SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program may use
+# KiB a program may use; sm_86 and sm_89 take the blocks of sm_80 and have less than its 163.
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 
 
 @pytest.mark.parametrize("target", SHARED)

@@ -22,6 +22,7 @@ from vlm_attn.kernels import (
     segmented_attention,
 )
 from vlm_attn.kernels.dispatch import Facts, choose
+from vlm_attn.kernels.edited import log_members
 from vlm_attn.sharding import Heads
 
 from .running import DEVICE, why_not
@@ -158,13 +159,13 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         q, k, v, [ScoreEdit(torch.rand(1, 5).double()), EDIT], mask=mask, scale=0.5, softcap=3.0, backend="reference"
     ),
     "segmented_attention": lambda q, k, v, mask: segmented_attention(
-        q, k, v, one_hot_segments(torch.tensor([[0, 2, 2, 0, 2]]), 3).double(), mask=mask, scale=0.5
+        q, k, v, one_hot_segments(torch.tensor([[0, 2, 2, 0, 2]], device=q.device), 3).double(), mask=mask, scale=0.5
     )[1],
     "combine": lambda q, k, v, mask: combine(
         q[..., :3], torch.stack([v[:, :, :2], k[:, :, :2], v[:, :, 2:4]], 3).repeat(1, 2, 1, 1, 1), k[:, :1, :2, :3]
     ),
     "masked_attention": lambda q, k, v, mask: masked_attention(
-        q, k, v, masks.full, torch.tensor([[0, 1, 1, 1, 5]]), first=0, scale=0.5, lse=True
+        q, k, v, masks.full, torch.tensor([[0, 1, 1, 1, 5]], device=q.device), first=0, scale=0.5, lse=True
     )[:2],
     "attention_rows": lambda q, k, v, mask: attention_rows(q, k, mask=mask, scale=0.5),
 }
@@ -260,10 +261,10 @@ def test_registered_operations() -> None:
     from vlm_attn.kernels import ops
 
     query, key, value = (t.to(DEVICE) for t in qkv())
-    segments = EDIT.segments.to(DEVICE)
+    logs = log_members(EDIT.segments.to(DEVICE), query.dtype)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.partials, (query, key, value, segments, None, 0.5, None), test_utils=checks)
-    lse, out = ops.partials(query, key, value, segments, None, 0.5, None)
-    torch.library.opcheck(ops.masses, (lse,), test_utils=checks)
+    torch.library.opcheck(ops.partials, (query, key, value, logs, 2, True, None, 0.5, None), test_utils=checks)
+    lse, out = ops.partials(query, key, value, logs, 2, False, None, 0.5, None)
+    torch.library.opcheck(ops.masses, (lse, 2, 2), test_utils=checks)
     arguments = (lse, out, torch.ones(4, 2, device=DEVICE), None, 1, 4, torch.float32)
     torch.library.opcheck(ops.combine, arguments, test_utils=checks)

@@ -189,5 +189,6 @@ def test_registered() -> None:
 
     tensors, mask = inputs(torch.Generator().manual_seed(0), (4, 2), 2, 2, 30, torch.float32)
     for score in (torch.ones(1, 1, 30), torch.ones(2, 2, 30)):
-        arguments = (*tensors, torch.ones(1, 30, 1, device=DEVICE), mask, 0.5, None, score.to(DEVICE), "logit")
+        logs = torch.zeros(1, 30, 16, device=DEVICE)
+        arguments = (*tensors, logs, 1, True, mask, 0.5, None, score.to(DEVICE), "logit")
         torch.library.opcheck(ops.partials, arguments, test_utils=("test_schema", "test_faketensor"))

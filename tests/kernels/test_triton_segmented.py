@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlm_attn.kernels import Edit, combine, edited_attention, one_hot_segments, segmented_attention
-from vlm_attn.kernels.edited import attention_rows
+from vlm_attn.kernels.edited import attention_rows, log_members
 
 from .running import DEVICE, DTYPES, STRIDES, as_good, laid_out, poisoned, why_not  # noqa: F401  (a fixture)
 
@@ -98,7 +98,7 @@ def check(case: dict[str, Any], dtype: torch.dtype) -> None:
     wanted = segmented_attention(*exact, segments.double(), **exact_options, backend="reference")
     plain = segmented_attention(*given_, **case["options"], backend="reference")
     as_good(lse, wanted[0], plain[0], dtype)
-    as_good(out, wanted[1], plain[1], dtype)
+    as_good(out, wanted[1], plain[1], dtype, value)
     edits = [Edit(segments, policy_of(case["weight"]))]
     got = edited_attention(query, key, value, edits, **case["options"], backend="triton")
     assert got.dtype == dtype
@@ -106,7 +106,7 @@ def check(case: dict[str, Any], dtype: torch.dtype) -> None:
     exact_edits = [Edit(segments.double(), lambda mass: policy_of(case["weight"].double())(mass))]
     wanted_out = edited_attention(*exact, exact_edits, **exact_options, backend="reference")
     plain_out = edited_attention(query, key, value, edits, **case["options"], backend="grouped")
-    as_good(got, wanted_out, plain_out, dtype)
+    as_good(got, wanted_out, plain_out, dtype, value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,17 +169,21 @@ def test_any_shape(data: st.DataObject) -> None:
     check(case, dtype)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("parts", [1, 2, 3, 64])
-def test_any_split_of_the_keys_combines_to_the_same(parts: int) -> None:
+def test_any_split_of_the_keys_combines_to_the_same(parts: int, whole: bool) -> None:
     case = problem(length=300, rows=2, kind="bool", twin=1)
     arguments = [case[name] for name in ("query", "key", "value", "segments")]
     options = case["options"]
-    lse, out = triton_segmented.partials(*arguments, options["mask"], options["scale"], None, parts=parts)
+    logs = log_members(case["segments"], torch.float32)
+    lse, out = triton_segmented.partials(
+        *arguments[:3], logs, 4, whole, options["mask"], options["scale"], None, parts=parts
+    )
     got = triton_segmented.gathered(lse, out, 2, 4)
     wanted = segmented_attention(*arguments, **options, backend="reference")
     for one, other in zip(got, wanted, strict=True):
         assert torch.allclose(one, other, atol=2e-6)
-    mass = triton_segmented.masses(lse).view(2, 4, 2, 4)
+    mass = triton_segmented.masses(lse, 4, partition=3).view(2, 4, 2, 4)
     plain = attention_rows(*arguments[:2], mask=options["mask"], scale=options["scale"])
     assert torch.allclose(mass, plain @ case["segments"][:, None], atol=2e-6)
 
