@@ -75,6 +75,7 @@ class Reduction:
         stages: per image, what each stage left.
         owners: per image, what stands for each of its tokens; absent = they all stand for themselves.
         masks: per mask of the host, what was made of it for which keys; one for all layers that share both.
+        gathered: per rows and arguments of a layer that hold one entry per row, what was gathered of them.
         carried: hidden states, ``rows`` and ``visible`` of before the layers that visual tokens bypass; None outside these.
     """
 
@@ -87,6 +88,7 @@ class Reduction:
     stages: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
     owners: dict[int, Tensor] = field(default_factory=dict)
     masks: list[tuple[Any, Kept, Any]] = field(default_factory=list)
+    gathered: list[tuple[Tensor, dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     carried: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     def report(self, config: Any, images: Sequence[ImageSpan]) -> tuple[KeptImage, ...]:
@@ -168,6 +170,7 @@ def before_layer(
         return None
     if layer == 0:
         state.masks.clear()
+        state.gathered.clear()
     mask = kwargs.get("attention_mask")
     new = _layer_mask(engine, call, state, module, layer, mask, hidden, host.cache_of(kwargs))
     if new is mask and call.mode != "prompt":
@@ -412,7 +415,14 @@ def _gathered(state: Reduction, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A layer's arguments for the rows that are left; the mask is another matter."""
     if state.rows is None:
         return kwargs
-    return host.gather_arguments(kwargs, state.rows)
+    given = {name: kwargs[name] for name in host.ROW_ARGUMENTS if name in kwargs}
+    for rows, of, made in state.gathered:  # most layers get the same: positions are computed once per forward
+        if rows is state.rows and of.keys() == given.keys() and all(of[name] is given[name] for name in given):
+            return {**kwargs, **made}
+    made = host.gather_arguments(given, state.rows)
+    if not torch.compiler.is_compiling():
+        state.gathered.append((state.rows, given, made))
+    return {**kwargs, **made}
 
 
 def _layer_mask(
