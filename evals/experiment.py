@@ -9,7 +9,9 @@ Three stages, each resumable, each in folders of its own below ``--out``:
   highest recall.
 * ``test/METHOD/chair`` and ``pope``: the chosen setting on the test split, in the format of ``vlm-attn eval``, so that
   ``vlm-attn report`` reads them. No choice is made after this.
-* ``latency.json``: the time of a batch of captions over that of the plain model, alternating in one process.
+* the time of a batch of captions over that of the plain model, alternating in one process.
+
+What was searched, chosen and timed is in ``settings.json``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vlm_attn
 from tests import tiny
-from tests.helpers import ACTIVE, Inputs, close, differ, generate, logits, margins, on, same
+from tests.helpers import ACTIVE, MARGIN, Inputs, close, differ, generate, logits, margins, on, same
 from tests.oracle import oracle
 from vlm_attn.hallucination import Var
 from vlm_attn.kernels import Edit, edited_attention, one_hot_segments
@@ -207,18 +207,24 @@ class TestWhole:
     def test_greedy(self, family: str, changes: dict[str, Any]) -> None:
         model, inputs = tiny.FAMILIES[family]()
         settings = {**VAR, "tau": 1.6, **changes}
-        x = inputs([[3, "image", 9]], seed=6)
+        for seed in range(6, 26):  # random weights differ between versions of transformers: a prompt that is edited
+            x = inputs([[3, "image", 9]], seed=seed)
+            plain = generate(model, x, new=8)
+            with vlm_attn.patched(model, "var", **settings), margins() as margin:
+                got, got_logits = generate(model, x, new=8), logits(model, x)
+            moved = (got[1][0] - plain[1][0]).abs().max() / plain[1][0].abs().max()
+            if min(margin.values) > MARGIN and moved > 1e-2:
+                break
+        else:
+            pytest.fail("no prompt fits")
         own, sinks = var_oracle(model, x, settings)
         wanted, wanted_logits = generate(own, x, new=8), logits(own, x)
         visual = set((x["input_ids"][0] == tiny.IMAGE).nonzero().flatten().tolist())
         assert any(found & visual for found in sinks.values())
         assert any(found - visual for found in sinks.values())
-        with vlm_attn.patched(model, "var", **settings), margins() as margin:
-            got, got_logits = generate(model, x, new=8), logits(model, x)
-        margin.check()
         same(got, wanted, 1e-4)
         close(got_logits, wanted_logits, 1e-4)
-        differ(wanted[1][0], generate(model, x)[1][0])
+        differ(wanted[1][0], plain[1][0])
 
     def test_text_before_the_image_is_untouched(self) -> None:
         model, inputs = tiny.llava()
