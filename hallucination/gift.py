@@ -153,9 +153,14 @@ class Gift(Method):
 def top_heads(score: Tensor, share: float) -> Tensor:
     """``[B, H, ...]`` scores to a mask of the ``max(1, floor(share * H))`` largest along dim 1."""
     count = max(1, int(score.shape[1] * share))
-    if not score.is_cuda:
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(count, dim=1).indices, True)
-    # By comparing all pairs, of equals the first: a compiler makes one kernel of this, and none of topk.
+    if score.is_cuda:
+        return by_pairs(score, count)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(count, dim=1).indices, True)
+
+
+def by_pairs(score: Tensor, count: int) -> Tensor:
+    """The ``count`` largest along dim 1, of equals the first, by comparing all pairs: a compiler makes one kernel of this, and
+    none of ``topk``."""
     heads = torch.arange(score.shape[1], device=score.device).view(-1, *[1] * (score.dim() - 2))
     one, other = score.unsqueeze(2), score.unsqueeze(1)
     ahead = (other > one) | ((other == one) & (heads < heads.unsqueeze(1)))

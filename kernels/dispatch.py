@@ -309,8 +309,9 @@ def _edited_triton(
     weights = scores[0].weights(length, rows, offset, row) if scores else None
     last = (mask, scale, softcap, weights, scores[0].of if scores else "magnitude")
     if edits:
-        check_segments(edits[0].over(length, offset), key)
-        logs, count = edits[0].prepared(edited.log_members, query.dtype, length, offset), edits[0].segments.shape[2]
+        segments = edits[0].over(length, offset)
+        check_segments(segments, key)
+        logs, count = edits[0].prepared(edited.log_members, query.dtype, segments, offset), segments.shape[2]
         lse, out = run.partials(query, key, value, logs, count, not edits[0].partition, *last)
         mass = run.masses(lse, count, edits[0].partition)
         weight = edits[0].policy(mass.view(batch, heads, rows, -1))

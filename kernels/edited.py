@@ -95,15 +95,18 @@ class Edit(Columns):
         self._prepared: tuple[Tensor, torch.dtype, Tensor] | None = None
 
     def prepared(
-        self, how: Callable[[Tensor, torch.dtype], Tensor], dtype: torch.dtype, length: int, offset: int | Tensor = 0
+        self,
+        how: Callable[[Tensor, torch.dtype], Tensor],
+        dtype: torch.dtype,
+        segments: Tensor,
+        offset: int | Tensor = 0,
     ) -> Tensor:
-        """``how(segments, dtype)`` of the keys at columns ``offset .. offset + length - 1``, kept until the buffer grows."""
-        segments = self.over(length, offset)
+        """``how(segments, dtype)`` of what :meth:`over` gave from ``offset`` on, kept until the buffer grows."""
         if isinstance(offset, Tensor) or torch.compiler.is_compiling():
             return how(segments, dtype)
         if self._prepared is None or self._prepared[0] is not self.segments or self._prepared[1] != dtype:
             self._prepared = self.segments, dtype, how(self.segments, dtype)
-        return self._prepared[2].narrow(1, offset, length)
+        return self._prepared[2].narrow(1, offset, segments.shape[1])
 
 
 class ScoreEdit(Columns):

@@ -267,11 +267,6 @@ def next_power(n: int, least: int = 1) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-def _blocks(query: Tensor, rows: int, dim: int) -> dict[str, Any]:
-    """What of ``tuning.decode`` a launch takes."""
-    return {name: n for name, n in tuning.decode(query, rows, dim).items() if name != "resident"}
-
-
 @on_its_device
 def partials(
     query: Tensor,
@@ -311,7 +306,7 @@ def partials(
     ratio = heads // kv_heads
     stored = count + whole
     lines = stored * ratio * rows
-    block = _blocks(query, lines, dim)
+    block, _ = tuning.decode(query, lines, dim)
     chunk = tuning.chunk(query, key, stored, parts)
     tiles, parts = triton.cdiv(lines, block["BLOCK_R"]), triton.cdiv(length, chunk)
     lse = torch.empty(batch * heads * rows, stored, parts, dtype=torch.float32, device=query.device)
@@ -344,7 +339,7 @@ def head_mean(query: Tensor, key: Tensor, scale: float, softcap: float | None) -
     """Mean over the heads of the logits' magnitude, ``[B, Q, S]`` float32."""
     batch, heads, rows, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    block = _blocks(query, rows, dim)
+    block, _ = tuning.decode(query, rows, dim)
     size = torch.empty(batch, rows, length, dtype=torch.float32, device=query.device)
     head_mean_kernel[(triton.cdiv(length, block["BLOCK_S"]), triton.cdiv(rows, block["BLOCK_R"]), batch)](
         query, key, size, scale, softcap or 1.0, *query.stride(), *key.stride(),

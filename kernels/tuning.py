@@ -7,6 +7,7 @@ of time for sm_80, sm_90, sm_100, sm_120 and gfx942.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,20 +18,18 @@ from torch import Tensor
 #: and how many programs a multiprocessor holds at once. A row of a program is a segment of a head's query row; more rows than
 #: the last number take several programs.
 DECODE = [
-    ((9, 256, 16), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3, "resident": 3}),
-    ((9, 256, 32), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3, "resident": 2}),
-    ((9, 256, 64), {"BLOCK_S": 32, "num_warps": 4, "num_stages": 3, "resident": 2}),
-    ((0, 128, 64), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3, "resident": 2}),
-    ((0, 256, 32), {"BLOCK_S": 32, "num_warps": 4, "num_stages": 3, "resident": 2}),
-    ((0, 512, 16), {"BLOCK_S": 32, "num_warps": 4, "num_stages": 2, "resident": 2}),
-    ((0, 1024, 16), {"BLOCK_S": 16, "num_warps": 4, "num_stages": 2, "resident": 2}),
+    ((9, 256, 16), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}, 3),
+    ((9, 256, 32), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}, 2),
+    ((9, 256, 64), {"BLOCK_S": 32, "num_warps": 4, "num_stages": 3}, 2),
+    ((0, 128, 64), {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}, 2),
+    ((0, 256, 32), {"BLOCK_S": 32, "num_warps": 4, "num_stages": 3}, 2),
+    ((0, 512, 16), {"BLOCK_S": 32, "num_warps": 4, "num_stages": 2}, 2),
+    ((0, 1024, 16), {"BLOCK_S": 16, "num_warps": 4, "num_stages": 2}, 2),
 ]
 #: Masked prefill and column sums: as above, with a block of rows. Rows and keys of a block are powers of two.
 PREFILL = [
-    (
-        (12, 256),
-        {"BLOCK_R": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 2},
-    ),  # less shared memory than 9 and 10 have
+    # Less shared memory than 9 and 10 have.
+    ((12, 256), {"BLOCK_R": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 2}),
     ((9, 256), {"BLOCK_R": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 3}),
     ((0, 128), {"BLOCK_R": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 3}),
     ((0, 256), {"BLOCK_R": 64, "BLOCK_S": 64, "num_warps": 4, "num_stages": 2}),
@@ -56,30 +55,36 @@ def device(tensor: Tensor) -> tuple[int, int]:
     return _device(tensor.device.index or 0 if tensor.is_cuda else -1)
 
 
-def row(table: list[tuple[Any, dict[str, int]]], major: int, width: int, rows: int = 1) -> tuple[Any, dict[str, int]]:
-    """The first row of a table for a compute capability, rows of ``width`` bytes and, if it can be, ``rows`` of them.
-
-    Returns:
-        Its key and a copy of its blocks.
-    """
-    fits = [(key, dict(block)) for key, block in table if major >= key[0] and width <= key[1]]
+def fitting(table: Sequence[Any], major: int, width: int) -> list[Any]:
+    """The rows of a table for a compute capability and the narrowest rows that hold ``width`` bytes, in its order."""
+    fits = [row for row in table if major >= row[0][0] and width <= row[0][1]]
     if not fits:
         raise ValueError(f"no block sizes for rows of {width} bytes: head dimensions up to 256 are supported")
-    # Of the narrowest rows that fit, those that take all rows at once, else as many as any takes.
-    fits = [(key, block) for key, block in fits if key[:2] == fits[0][0][:2]]
-    return next(((key, block) for key, block in fits if rows <= key[-1]), fits[-1])
+    return [row for row in fits if row[0][:2] == fits[0][0][:2]]
 
 
-def decode(query: Tensor, rows: int, dim: int) -> dict[str, Any]:
-    """Blocks of the segmented kernel for ``rows`` rows per KV head, those of every segment, and ``resident``."""
-    width = max(16, 1 << (dim - 1).bit_length()) * query.element_size()
-    (*_, most), block = row(DECODE, device(query)[0], width, rows)
-    return block | {"BLOCK_R": min(most, max(16, 1 << (rows - 1).bit_length()))}
+def width(query: Tensor, dim: int) -> int:
+    """Bytes of one row of D values, filled up to a power of two."""
+    return max(16, 1 << (dim - 1).bit_length()) * query.element_size()
+
+
+@cache
+def _decode(major: int, width: int, rows: int) -> tuple[dict[str, int], int]:
+    fits = fitting(DECODE, major, width)
+    # Those that take all rows at once, else as many as any takes.
+    (*_, most), block, resident = next((row for row in fits if rows <= row[0][2]), fits[-1])
+    return {**block, "BLOCK_R": min(most, max(16, 1 << (rows - 1).bit_length()))}, resident
+
+
+def decode(query: Tensor, rows: int, dim: int) -> tuple[dict[str, int], int]:
+    """Blocks of the segmented kernel for ``rows`` rows per KV head, those of every segment, and how many programs a
+    multiprocessor holds."""
+    return _decode(device(query)[0], width(query, dim), int(rows))
 
 
 def prefill(query: Tensor, dim: int, numbers: bool = False) -> dict[str, Any]:
     """Blocks of the prefill kernel; ``numbers``: it also loads log weights or memberships of the keys."""
-    block = row(PREFILL, device(query)[0], max(16, 1 << (dim - 1).bit_length()) * query.element_size())[1]
+    block = dict(fitting(PREFILL, device(query)[0], width(query, dim))[0][1])
     if numbers:  # a third stage would leave room for one program per multiprocessor instead of two
         block["num_stages"] = 2
     return block
@@ -97,11 +102,11 @@ def chunk(query: Tensor, key: Tensor, count: int, most: int = 0) -> int:
     batch, heads, rows, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     lines = count * heads // kv_heads * rows
-    block = decode(query, lines, dim)
+    block, resident = decode(query, lines, dim)
     size = block["BLOCK_S"]
     if not most:
         programs = batch * kv_heads * -(-lines // block["BLOCK_R"])
-        most = parts(query, programs, length, size, block["resident"])
+        most = parts(query, programs, length, size, resident)
     return -(-length // (most * size)) * size
 
 

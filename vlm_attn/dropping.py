@@ -155,6 +155,9 @@ def before_layer(
     if call is None or call.mode == "other":
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
+    if layer == 0 and call.reduction is not None:  # what was made for the forward before
+        call.reduction.masks.clear()
+        call.reduction.gathered.clear()
     if call.mode == "prompt" and any(isinstance(m, Reducer) for m in call.methods):
         if layer == 0:
             call.reduction = _begin(engine, call, host.cache_of(kwargs), len(hidden))
@@ -168,9 +171,6 @@ def before_layer(
     state = call.reduction
     if state is None or layer not in state.layers:
         return None
-    if layer == 0:
-        state.masks.clear()
-        state.gathered.clear()
     mask = kwargs.get("attention_mask")
     new = _layer_mask(engine, call, state, module, layer, mask, hidden, host.cache_of(kwargs))
     if new is mask and call.mode != "prompt":

@@ -515,7 +515,16 @@ def measure(
 
     Returns:
         The result as it is written to JSON.
+
+    Raises:
+        ValueError: there is no such case.
     """
+    chosen = [
+        [shape for shape in shapes if (not batch or shape[0] in batch) and (not keys or shape[2] in keys)]
+        for shapes in cases(device, small)
+    ]
+    if not any(chosen):
+        raise ValueError(f"no case of batch {list(batch) or 'any'} and keys {list(keys) or 'any'} on {device}")
     torch.manual_seed(seed)
     config = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -524,21 +533,16 @@ def measure(
         "cuda_graphs": device == "cuda",
         "flex": flex,
     }
-    result = record("kernels", device, config=config)
+    result = record("kernels", device, config=config, decode=[], prefill=[])
     with torch.no_grad():
         result["ceilings"] = ceilings(device, dtype)
         runs: tuple[Callable[..., dict[str, Any]], ...] = (decode_case, prefill_case)
-        for name, run, shapes in zip(("decode", "prefill"), runs, cases(device, small), strict=True):
-            result[name] = []
+        for name, run, shapes in zip(("decode", "prefill"), runs, chosen, strict=True):
             for shape in shapes:
-                if (batch and shape[0] not in batch) or (keys and shape[2] not in keys):
-                    continue
                 torch.compiler.reset()  # after eight shapes it would compile no more
                 row = run(*shape, device=device, dtype=dtype, repeats=repeats, flex=flex)
                 result[name].append(row)
                 done(name, result)
-    if not result["decode"] and not result["prefill"]:
-        raise ValueError(f"no case of batch {list(batch) or 'any'} and keys {list(keys) or 'any'} on {device}")
     return result
 
 

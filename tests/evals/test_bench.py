@@ -124,6 +124,16 @@ def test_kernels_are_checked_before_they_are_timed(tmp_path, monkeypatch):
     assert hidden["mutual"] < hidden["causal"] < hidden["packed"] < 1
     assert result["ceilings"]["copy_bytes_per_second"] > 0
 
+    done = CliRunner().invoke(app, [*arguments, "--keys", "96"])
+    assert done.exit_code == 0, done.output
+    chosen = json.loads((tmp_path / "kernels.json").read_text())
+    assert [row["shape"]["keys"] for row in chosen["decode"]] == [96]
+    assert chosen["prefill"] == []
+    before = (tmp_path / "kernels.json").read_bytes()
+    done = CliRunner().invoke(app, [*arguments, "--batch", "3"])
+    assert "no case of batch [3]" in str(done.exception)
+    assert (tmp_path / "kernels.json").read_bytes() == before
+
     edited = kernels.edited_attention
     monkeypatch.setattr(
         kernels,

@@ -21,7 +21,7 @@ from tests.oracle import attentions, oracle
 from tests.processors import encode, processor, user
 from vlm_attn import chat, host
 from vlm_attn.hallucination import Gift
-from vlm_attn.hallucination.gift import gaze_shift, saliency_map, top_heads
+from vlm_attn.hallucination.gift import by_pairs, gaze_shift, saliency_map, top_heads
 from vlm_attn.kernels import Edit, edited_attention, one_hot_segments
 from vlm_attn.patching import engine_of
 
@@ -141,6 +141,13 @@ class TestSteps:
         shifts = torch.full((1, 2, 3, 4), value)
         words, visual = torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
         assert saliency_map([shifts], words, visual, heads=0.5, clip_sigma=3.0).tolist() == [[0.0] * 4]
+
+    def test_by_pairs(self) -> None:
+        """As a GPU chooses heads: as topk does, and of equals the first."""
+        score = torch.rand(2, 7, 3, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(by_pairs(score, 3), top_heads(score, 0.5))
+        assert by_pairs(torch.tensor([[1.0, 2.0, 2.0, 0.0]]), 2).tolist() == [[False, True, True, False]]
+        assert by_pairs(torch.ones(1, 4), 2).tolist() == [[True, True, False, False]]
 
     def test_top_heads(self) -> None:
         score = torch.tensor([[3.0, 1.0, 2.0, 5.0, 4.0]])

@@ -88,23 +88,22 @@ def configurations(major: int) -> Any:
     unit = {"query_d": 1, "key_d": 1}
     single = dict.fromkeys(("query", "key", "value", "out"), "fp32")
     for dim, count, score in ((64, 4, 1), (128, 4, 0), (128, 8, 2), (256, 5, 0), (256, 8, 0)):
-        (*_, most), block = tuning.row(tuning.DECODE, major, 2 * dim, count * 8)
-        blocks, options = split(block)
-        sizes = {"N": count, "WHOLE": count == 4, "BLOCK_R": most, "BLOCK_D": dim}
+        blocks, options = split(tuning._decode(major, 2 * dim, count * 8)[0])
+        sizes = {"N": count, "WHOLE": count == 4, "BLOCK_D": dim}
         flags = {"MASK": 1, "CAP": dim == 256, "SCORE": score}
         strides = {"value_d": 1, "mask_s": 1, "score_s": 1}
         constants = {**sizes, **flags, **strides, **blocks, **unit}
         yield triton_segmented.partials_kernel, constants, options, {}, True
-    blocks, options = split(tuning.row(tuning.DECODE, major, 1024)[1])
+    blocks, options = split(tuning._decode(major, 1024, 16)[0])
     yield triton_segmented.partials_kernel, {**constants, "N": 5, **blocks}, options, single, None
-    blocks, options = split(tuning.row(tuning.DECODE, major, 256)[1])
-    flags = {"CAP": True, "BLOCK_R": 16, "BLOCK_D": 128, **blocks, **unit}
+    blocks, options = split(tuning._decode(major, 256, 16)[0])
+    flags = {"CAP": True, "BLOCK_D": 128, **blocks, **unit}
     yield triton_segmented.head_mean_kernel, flags, options, {}, True
     yield triton_segmented.masses_kernel, {"BLOCK_N": 16, "BLOCK_T": 64}, {"num_warps": 1}, {}, False
     flags = {"WEIGHT": 1, "SCALE": True, "KEEP_LSE": False, "BLOCK_M": 512, "BLOCK_D": 128, "STEP": 64}
     yield triton_segmented.combine_kernel, flags, {"num_warps": 4}, {}, False
     for dim, name, full in ((64, "causal", True), (128, "modality-mutual", False), (256, "vision-block", True)):
-        blocks, options = split(tuning.row(tuning.PREFILL, major, 2 * dim)[1])
+        blocks, options = split(tuning.fitting(tuning.PREFILL, major, 2 * dim)[0][1])
         clauses = [int(number) for clause in masks.named(name).clauses for number in clause]
         documents = {"DOCUMENTS": full}
         mask = {"COUNT": len(clauses) // 4, "MASK": triton_prefill.padded(clauses), **documents, **blocks}
@@ -114,7 +113,7 @@ def configurations(major: int) -> Any:
         yield triton_prefill.prefill_kernel, {**mask, **flags, **sums}, options, {"out": "bf16"}, True
         yield triton_prefill.sums_kernel, {**mask, **flags}, options, {}, True
         if dim == 256:
-            wide, options_of_wide = split(tuning.row(tuning.PREFILL, major, 1024)[1])
+            wide, options_of_wide = split(tuning.fitting(tuning.PREFILL, major, 1024)[0][1])
             yield triton_prefill.prefill_kernel, {**mask, **flags, **sums, **wide}, options_of_wide, single, None
         flags = {"MASK": 0, "CAP": False, "LAST": True, "KEYS": True, "BLOCK_D": dim, "mask_s": 1, **unit}
         yield triton_probe.totals_kernel, {**flags, **blocks, "COUNT": 4, "N": 4, "BLOCK_R": 64}, options, {}, True

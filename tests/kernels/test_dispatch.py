@@ -254,6 +254,24 @@ def test_triton_operations_compile_without_a_graph_break() -> None:
         assert torch.allclose(compiled(query, key, value), wanted, atol=2e-6)
 
 
+def test_compiled_for_rows_and_keys_that_change() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    edit = Edit(one_hot_segments(torch.arange(20, device=DEVICE)[None] % 3, 3), lambda mass: 1 + mass, partition=3)
+    compiled = torch.compile(
+        lambda *tensors: edited_attention(*tensors, [edit], scale=0.3, backend="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
+    with torch.no_grad():
+        for rows, length in ((2, 20), (3, 25), (5, 31)):
+            query = torch.randn(1, 4, rows, 16, device=DEVICE)
+            key, value = torch.randn(2, 1, 2, length, 16, device=DEVICE).unbind(0)
+            wanted = edited_attention(query, key, value, [edit], scale=0.3, backend="grouped")
+            assert torch.allclose(compiled(query, key, value), wanted, atol=4e-6)
+
+
 def test_registered_operations() -> None:
     """Schemas and fake implementations say what the operations do."""
     if reason := why_not():

@@ -848,3 +848,19 @@ class TestWrongInput:
 
 def engine_is_idle(model: Any) -> bool:
     return not vlm_attn.is_patched(model) or engine_of(model).call is None
+
+
+def test_positions_are_gathered_once_per_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer gets the same ones; the rows that are left change where tokens are dropped, and only there."""
+    gathered: list[Tensor] = []
+    gather = host.gather_arguments
+
+    def counted(arguments: Any, rows: Tensor) -> Any:
+        gathered.append(rows)
+        return gather(arguments, rows)
+
+    monkeypatch.setattr(host, "gather_arguments", counted)
+    model, inputs = tiny.llava()
+    with vlm_attn.patched(model, "random", keep=0.5):
+        generate(model, inputs([[3, "image", 7]]), new=3)
+    assert len(gathered) == 1
