@@ -85,9 +85,16 @@ class Edit(Columns):
         conserves: the policy keeps every row's total, so that nothing is left to renormalise.
         partition: how many of the segments, the first, hold every key once (the others are twins); 0 = not known. The Triton
             kernel then adds up their masses instead of keeping one more segment of all keys.
+
+    Raises:
+        ValueError: ``partition`` names more segments than there are.
     """
 
     def __init__(self, segments: Tensor, policy: Policy, *, conserves: bool = False, partition: int = 0) -> None:
+        if not 0 <= partition <= segments.shape[-1]:
+            raise ValueError(
+                f"partition={partition}: allowed are 0 (not known) to {segments.shape[-1]}, the segments there are"
+            )
         super().__init__(segments)
         self.policy = policy
         self.conserves = conserves

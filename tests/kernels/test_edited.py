@@ -278,3 +278,9 @@ class TestColumns:
         found = one_hot_segments(torch.tensor([[1, 0, 1, 0]]), 2, twin_of=1, log_weight=weight)
         wanted = [[0, 1, 1], [1, 0, 0], [0, 1, math.exp(2)], [1, 0, 0]]
         close(found[0], torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("partition", [-1, 4])
+def test_a_partition_of_segments_that_are_not_there(partition: int) -> None:
+    with pytest.raises(ValueError, match=f"partition={partition}: allowed are 0 .* to 3"):
+        Edit(torch.ones(1, 5, 3), torch.ones_like, partition=partition)
