@@ -223,9 +223,10 @@ def _reduce(
     engine: Engine, call: Call, state: Reduction, module: nn.Module, layer: int, hidden: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
     """Let every reducer with a stage here choose; returns the hidden states that are left."""
+    new = any(image.start >= call.first for image in call.prompt.images)  # those of earlier turns were reduced there
     for method in call.methods:
         for stage, at in enumerate(method.stages) if isinstance(method, Reducer) else ():
-            if at != layer or not call.prompt.images:
+            if at != layer or not new:
                 continue
             assert isinstance(method, Reducer)
             if method.reads_ahead:

@@ -432,25 +432,23 @@ class TestDecoding:
         model, inputs = family
         x = inputs([[3, "image", 9]], seed=SEED)
         more = torch.randint(3, tiny.IMAGE, (1, 5), generator=torch.Generator().manual_seed(3))
+
+        def turns() -> tuple[Tensor, Tensor]:
+            cache = DynamicCache(config=model.config.get_text_config())
+            first = model.generate(**x, **{host.CACHE: cache}, do_sample=False, max_new_tokens=3)
+            ids = torch.cat([first, more], 1)
+            second = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            for key in ("token_type_ids", "mm_token_type_ids"):
+                if key in x:
+                    second[key] = (ids == tiny.IMAGE).int() * int(x[key].max())
+            assert cache.get_seq_length() == first.shape[1] - 1
+            return generate(model, {**second, **{k: v for k, v in x.items() if "grid" in k}}, **{host.CACHE: cache})
+
+        stock(turns)
         found = []
         for mode in ("drop", "mask"):
             with vlm_attn.patched(model, reducer(name, family, mode=mode)), torch.no_grad():
-                cache = DynamicCache(config=model.config.get_text_config())
-                first = model.generate(**x, **{host.CACHE: cache}, do_sample=False, max_new_tokens=3)
-                ids = torch.cat([first, more], 1)
-                second = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                for key in ("token_type_ids", "mm_token_type_ids"):
-                    if key in x:
-                        second[key] = (ids == tiny.IMAGE).int() * int(x[key].max())
-                held = cache.get_seq_length()
-                assert held == first.shape[1] - 1
-                found.append(
-                    stock(
-                        lambda second=second, cache=cache: generate(
-                            model, {**second, **{k: v for k, v in x.items() if "grid" in k}}, **{host.CACHE: cache}
-                        )
-                    )
-                )
+                found.append(turns())
         same(*found)
 
     @pytest.mark.parametrize("name", [name for name in REDUCERS if name != "downsample"])
