@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import vlm_attn
+from tests import fidelity
 from vlm_attn import registry
 from vlm_attn.demo.controls import controls
 
@@ -109,6 +110,13 @@ def test_docstrings_are_whole(name: str) -> None:
     for control in controls(info.cls):
         assert control.help, control.key
     assert rest, "nothing is said of rows, deviations, cost or limits"
+
+
+def test_fidelity_page_is_the_data() -> None:
+    assert fidelity.page() == fidelity.PAGE.read_text(encoding="utf-8"), "run python -m tests.fidelity"
+    assert not fidelity.missing()
+    for row in fidelity.data()["method"]:
+        assert set(row) == {"name", *fidelity.FIELDS}, row["name"]
 
 
 def test_published_numbers_name_their_source() -> None:
