@@ -16,8 +16,9 @@ HEAD = """# Fidelity
 
 Every method beside the code its authors released: what was compared, and how far the two are apart. The page is written by
 `python -m tests.fidelity` from `docs/fidelity.toml`. Nothing is copied from those repositories: several have no licence, or a
-non-commercial one. "Compared" means that both ran on the same tensors or tiny models, in float32 on a CPU; "read" means that somebody read
-the code. A test named here needs files with the released code's outputs, which are not part of this repository, and skips without them.
+non-commercial one. "Compared" means that both ran on the same tensors or tiny models, in float32 on a CPU; "read" means that
+somebody read the code. A test named here needs files with the released code's outputs, which are not part of this
+repository, and skips without them.
 
 | method | compared with | by | largest difference | released behaviour | known bugs of the released code |
 |---|---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""Reducers beside what their authors' released code gives for the same tensors (``../shared/oracles``, not a part of the project)."""
+"""Reducers beside what their authors' released code gives for the same tensors, where these files are at hand."""
 
 from __future__ import annotations
 
