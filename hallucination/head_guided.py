@@ -22,7 +22,8 @@ class HeadGuided(Method):
 
     Attributes:
         alpha: share of the heads' mean size that is added. Range 0..10.
-        layers: layers to edit; empty = 5..17 of 32, at the same depth of other models.
+        layers: layers to edit; empty = 5..18 of 32 (the released ``--guide-range 5,18`` means both ends), at the same depth
+            of other models.
 
     Rows: the last prompt token and all later ones.
     """
@@ -43,8 +44,8 @@ class HeadGuided(Method):
         return self.alpha == 0
 
     def bind(self, facts: ModelFacts) -> HeadGuided:
-        """Check the layers; without any, the paper's."""
-        return at_depth(self, facts, 5, 18)
+        """Check the layers; without any, those of the released command."""
+        return at_depth(self, facts, 5, 19)
 
     def edit(self, call: Call, layer: int) -> ScoreEdit | None:
         """``s_h + alpha mean_h |s_h|`` on the image."""

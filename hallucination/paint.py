@@ -14,7 +14,16 @@ from torch import Tensor
 
 from vlm_attn.call import Call
 from vlm_attn.kernels import ScoreEdit
-from vlm_attn.method import PROJECTED, Method, ModelFacts, at_depth, check_range, layer_tuple, unknown_turn
+from vlm_attn.method import (
+    PROJECTED,
+    Method,
+    ModelFacts,
+    at_depth,
+    check_flag,
+    check_range,
+    layer_tuple,
+    unknown_turn,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +44,12 @@ class Paint(Method):
             tokens. Range 0..1.
         fence: a token is a summary where CLS, in the layer that is projected, gives it more than the third quartile plus this
             many times the distance of the quartiles. Range 0..100.
+        skip_first: do as the released code does with its guidance on: leave the prompt's last row alone and begin with the
+            first generated token.
 
     Rows: the last prompt token and all later ones, in all heads, as the released code has it; the paper also speaks of heads.
-    With ``guidance`` beside it, it is what that code calls its CFG. Deviations: the sets are taken image by image; a second
+    What that code calls its CFG is the method ``guidance`` as well: ``patch(model, [Paint(skip_first=True), "guidance"])``.
+    Deviations: the sets are taken image by image; a second
     "spatial" stream of the code is left out, which ranks sums that are always 1 and whose share is 0 by default. Towers
     without a CLS token (SigLIP, Qwen-VL) are refused.
     """
@@ -51,6 +63,7 @@ class Paint(Method):
     layers: tuple[int, ...] = ()
     share: float = 0.25
     fence: float = 1.5
+    skip_first: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, "alpha", 0, 10)
@@ -58,6 +71,7 @@ class Paint(Method):
         check_range(self, "share", 0, 1)
         check_range(self, "fence", 0, 100)
         layer_tuple(self, "layers", empty=True)
+        check_flag(self, "skip_first")
 
     @property
     def neutral(self) -> bool:
@@ -90,8 +104,10 @@ class Paint(Method):
         """``s + w |s|`` on the image."""
         if layer not in self.layers:
             return None
-        weight = call.memory(self)["weight"]
-        return call.once(self, lambda: ScoreEdit(weight.repeat_interleave(call.batch // len(weight), 0)))
+        weight, start = call.memory(self)["weight"], call.prompt.length if self.skip_first else None
+        return call.once(
+            self, lambda: ScoreEdit(weight.repeat_interleave(call.batch // len(weight), 0), from_row=start)
+        )
 
 
 def token_sets(early: Tensor, late: Tensor, *, share: float, fence: float) -> tuple[Tensor, Tensor]:

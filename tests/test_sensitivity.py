@@ -72,7 +72,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]]
     "pai": ({"alpha": 0.5}, {"alpha": 0.9, "layers": (3,), "skip_first": True}, {"alpha": 0.0}),
     "paint": (
         {"alpha": 0.9, "beta": 0.5, "share": 0.5, "fence": 0.2},
-        {"alpha": 0.5, "beta": 0.9, "layers": (3,), "share": 0.2, "fence": 3.0},
+        {"alpha": 0.5, "beta": 0.9, "layers": (3,), "share": 0.2, "fence": 3.0, "skip_first": True},
         {"alpha": 0.0, "beta": 0.0},
     ),
     "razor": (

@@ -57,7 +57,7 @@ class TestEquations:
         """Those of the papers' 32 layers; the same depth of other models."""
         assert Pai().bind(FACTS).layers == tuple(range(2, 32))
         assert Vaf().bind(FACTS).layers == tuple(range(9, 15))
-        assert HeadGuided().bind(FACTS).layers == tuple(range(5, 18))
+        assert HeadGuided().bind(FACTS).layers == tuple(range(5, 19))
         shallow = ModelFacts(model_type="llava", layers=4, heads=4, hidden=32)
         assert Pai().bind(shallow).layers == (0, 1, 2, 3)
         assert Vaf().bind(shallow).layers == (1,)
