@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 SCENES = "scenes"
 BUNDLED = {SCENES: "ar", "scenes-diffusion": "diffusion"}
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -34,7 +38,13 @@ def pick_device(device: str = "auto") -> str:
 
 
 def load_model(
-    name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    *,
+    device_map: str | None = None,
+    bits: int | None = None,
 ) -> tuple[Any, Any]:
     """Load a model for generation, and its processor with padding on the left.
 
@@ -45,16 +55,23 @@ def load_model(
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; ``"auto"``: float32 on a CPU, else what the
             checkpoint was saved in.
         trust_remote_code: let the checkpoint run code of its own.
+        device_map: spread the weights over all devices that are there, as accelerate does: ``"auto"``, ``"balanced"``,
+            ``"balanced_low_0"`` or ``"sequential"``; default: all on ``device``.
+        bits: 4 or 8 to quantise the weights with bitsandbytes (4: nf4, computing in ``dtype``, for ``"auto"`` in
+            bfloat16, on a CPU in float32); default: as they are.
 
     Returns:
         ``(model, processor)``.
 
     Raises:
-        ValueError: unknown device or dtype, or a name that is neither a model folder nor a model on the hub.
+        ValueError: unknown device, dtype, device map or bits, a device beside a device map, or a name that is neither a
+            model folder nor a model on the hub.
+        ImportError: bitsandbytes or accelerate is needed and is not installed.
         FileNotFoundError: the bundled model is not in this installation.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    options = _placing(device, device_map, bits, dtype)
     device = pick_device(device)
     source = name
     if name in BUNDLED:
@@ -73,10 +90,14 @@ def load_model(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
-    options = {"trust_remote_code": trust_remote_code}
+    if bits is not None and device_map is None:
+        options["device_map"] = {"": device}
     try:
-        processor = AutoProcessor.from_pretrained(source, **options)
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with _no_loading_bar():
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     tokenizer = getattr(processor, "tokenizer", None)
@@ -85,7 +106,50 @@ def load_model(
     tokenizer.padding_side = "left"  # a row's answer has to follow its prompt without a gap
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), processor
+    return (model if options else model.to(device)).eval(), processor
+
+
+def _placing(device: str, device_map: str | None, bits: int | None, dtype: str) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of where the weights go and how they are kept; checked before anything is read."""
+    if device_map is not None and device_map not in DEVICE_MAPS:
+        raise ValueError(f"device map {device_map!r}: expected one of {', '.join(DEVICE_MAPS)}")
+    if device_map is not None and device != "auto":
+        raise ValueError(
+            f"device {device!r} and device map {device_map!r}: both say where the model goes; give one of them"
+        )
+    if bits not in (None, 4, 8):
+        raise ValueError(f"bits={bits!r}: expected 4 or 8")
+    for library, why in (
+        ("accelerate", device_map and "a device map"),
+        ("bitsandbytes", bits and f"loading in {bits} bits"),
+    ):
+        if why and importlib.util.find_spec(library) is None:
+            raise ImportError(f"{library} is not installed, and {why} needs it: pip install {library}")
+    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    if bits is not None:
+        from transformers import BitsAndBytesConfig
+
+        # Left alone it computes in float32, which on a GPU is slow.
+        computes = dtype if dtype != "auto" else "float32" if pick_device(device) == "cpu" else "bfloat16"
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": computes}
+        options["quantization_config"] = BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
+    return options
+
+
+@contextlib.contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Without transformers' bar over the weights; those of a download stay, as it may take minutes."""
+    import huggingface_hub
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_hub(name: str) -> None:

@@ -169,16 +169,21 @@ MASKS = {
 }
 
 
+#: Names of methods that use a mask of another name.
+ALIASES = {"mma": "modality-mutual", "bidirectional": "generalised-modality-mutual"}
+
+
 def named(name: str) -> Mask:
-    """A mask by name: a key of :data:`MASKS`, or ``sliding:N``.
+    """A mask by name: a key of :data:`MASKS` or :data:`ALIASES`, or ``sliding:N``.
 
     Raises:
         ValueError: there is none of that name.
     """
     if found := re.fullmatch(r"sliding:(\d+)", name):
         return _named(name, causal & sliding(int(found[1])))
+    name = ALIASES.get(name, name)
     if name not in MASKS:
-        raise ValueError(f"no mask {name!r}: there are {', '.join([*MASKS, 'sliding:N'])}")
+        raise ValueError(f"no mask {name!r}: there are {', '.join([*MASKS, *ALIASES, 'sliding:N'])}")
     return MASKS[name]
 
 
@@ -316,6 +321,23 @@ def parse_layout(text: str) -> tuple[Tensor, Tensor]:
     if not group:
         raise ValueError("the layout is empty: give parts such as 's4 v9 q5 a3'")
     return torch.tensor([group], dtype=torch.uint8), torch.tensor([image], dtype=torch.int32)
+
+
+#: What the letters of a layout stand for.
+WORDS = {"p": "padding", "s": "system", "v": "visual", "q": "question", "r": "role (template tail)", "a": "answer"}
+
+
+def key(mask: Mask, group: Tensor) -> str:
+    """What a :func:`drawing` shows: its name, its signs, and the letters of the groups in it.
+
+    Args:
+        mask: the mask.
+        group: ``[1, S]``.
+    """
+    letter = {int(value): name for name, value in LETTERS.items()}
+    there = list(dict.fromkeys(letter[int(value)] for value in group[0]))
+    letters = ", ".join(f"{name} {WORDS[name]}" for name in there)
+    return f"{mask.name}: a row is a token that looks, a column one it may see. # sees, . does not; {letters}"
 
 
 def drawing(mask: Mask, group: Tensor, image: Tensor | None = None) -> str:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +19,10 @@ PARAMS = ["--param", "gift.saliency_layers=[1]", "--param", "gift.enhance_layers
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import warnings
+
+    monkeypatch.chdir(tmp_path)  # results that were not given a folder go into runs/
 
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # commands replace it: put it back
     monkeypatch.setenv("COLUMNS", "120")
@@ -63,8 +67,42 @@ def test_console_script() -> None:
     assert done.stderr.strip() == "Error: no/such.jpg: no such image"
 
 
+def test_help_is_grouped_and_flags_take_nothing() -> None:
+    text = call("--help").output
+    places = [text.index(f"─ {panel} ─") for panel in ("Look", "Evaluate", "Calibrate", "Measure")]
+    assert places == sorted(places)
+    for command, panel in (("demo", 0), ("data", 1), ("experiment", 2), ("bench", 3)):
+        where = text.index(f"│ {command} ")
+        assert places[panel] < where < [*places, len(text)][panel + 1]
+    for command in ([], ["methods"], ["eval"], ["scenes", "card"], ["scenes", "render"], ["data", "coco"]):
+        assert "<bool>" not in call(*command, "--help").output
+
+
+def test_completion(tmp_path: Path) -> None:
+    """What --install-completion writes into a new home completes commands in a real bash."""
+    script = Path(sys.executable).parent / "vlm-attn"
+    if not script.exists() or shutil.which("bash") is None:
+        pytest.skip("needs the console script, and bash")
+    environment = {"HOME": str(tmp_path), "PATH": f"{script.parent}:/usr/bin:/bin"}
+
+    def bash(text: str) -> str:
+        # Not the only command: bash would hand over to it, and be no shell above it any more.
+        done = subprocess.run(
+            ["bash", "-c", text + "; true"], env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    assert "bash completion installed" in bash("vlm-attn --install-completion")
+    # As bash does when Tab is pressed after "vlm-attn cal".
+    found = bash(
+        "source ~/.bashrc; COMP_WORDS=(vlm-attn cal); COMP_CWORD=1; COMP_LINE='vlm-attn cal'; COMP_POINT=12; "
+        "$(complete -p vlm-attn | sed 's/.*-F \\([^ ]*\\) .*/\\1/') vlm-attn cal vlm-attn; echo \"${COMPREPLY[@]}\""
+    )
+    assert found.split() == ["calibrate"]
+
+
 @pytest.mark.parametrize(
-    "command", ["methods", "caption", "demo", "eval", "report", "score chair", "calibrate", "doctor"]
+    "command", ["methods", "caption", "demo", "eval", "report", "score chair", "calibrate", "doctor", "data coco"]
 )
 def test_every_command_shows_an_example(command: str) -> None:
     result = call(*command.split(), "--help")
@@ -173,11 +211,62 @@ def test_interrupt_keeps_what_is_finished(
     monkeypatch.setattr(runner, "generate", stop)
     result = call(*arguments)
     assert result.exit_code == 130
-    assert "Stopped after 3 of 7 samples. The same command goes on from there." in " ".join(result.output.split())
+    said = "".join(result.output.split())
+    assert "".join(f"Stopped after 3 of 7 samples. The same command with --out {tmp_path / 'out'}".split()) in said
     monkeypatch.setattr(runner, "generate", generate)
     result = call(*arguments)
     assert result.exit_code == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["counts"]["finished"] == {"baseline": 7}
+
+
+def test_results_without_a_folder_are_kept(coco_folder: Path, tiny_model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """In a dated folder, which the next step is named with; and as CSV."""
+    arguments = ["eval", "chair", "--model", tiny_model_folder, "--data", coco_folder, "--method", "baseline"]
+    arguments += ["--limit", 2, "--max-new-tokens", 4, "--csv", tmp_path / "figures.csv"]
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith(f"-chair-{tiny_model_folder.name}")
+    assert f"Next: vlm-attn report {folder.relative_to(tmp_path)} --data {coco_folder}" in result.output
+    results = json.loads((folder / "results.json").read_text())
+    with open(tmp_path / "figures.csv", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    wanted = results["metrics"]["baseline"]["instances"]["chair_s"]
+    (row,) = (row for row in rows if (row["part"], row["figure"]) == ("instances", "chair_s"))
+    assert [float(row[key]) for key in ("value", "low", "high")] == [wanted[key] for key in ("value", "low", "high")]
+    assert (row["eval"], row["method"], row["images"], row["model"]) == (
+        "chair",
+        "baseline",
+        "2",
+        str(tiny_model_folder),
+    )
+    assert len(rows) == sum(len(part) for part in results["metrics"]["baseline"].values())
+
+
+def test_a_folder_of_images_becomes_a_page(coco_folder: Path, tiny_model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Images beside captions, in one file that loads nothing, with the differences to the first caption marked."""
+    own = tmp_path / "own <images>"
+    own.mkdir()
+    for file in sorted((coco_folder / "images").iterdir())[:2]:
+        shutil.copy(file, own)
+    (own / "notes.txt").write_text("not an image")
+    arguments = ["--model", tiny_model_folder, *PARAMS, "--param", "gift.alpha=20", "--max-new-tokens", 12]
+    result = call("caption", "--images", own, "scenes:validation/3", *arguments, "--json", tmp_path / "captions.json")
+    assert result.exit_code == 0, result.output
+    assert "Written: captions.html" in result.output
+    page = (tmp_path / "captions.html").read_text()
+    assert page.count("<article>") == page.count("<img ") == 3
+    assert page.count('src="data:image/jpeg;base64,') == 3
+    assert "http" not in page
+    assert "own <images>" not in page
+    assert "own &lt;images&gt;" in page
+    records = json.loads((tmp_path / "captions.json").read_text())["captions"]
+    pairs = list(zip(records[::2], records[1::2], strict=True))
+    assert any(one["caption"] != two["caption"] for one, two in pairs)
+    assert page.partition("</style>")[2].count("<ins") > 2  # the key has two
+    assert "no images: name files" in error_of("caption")
+    assert "notes: no such folder" in error_of("caption", "--images", tmp_path / "notes")
+    assert "there is no folder" in error_of("caption", "scenes:validation/3", "--html", tmp_path / "none" / "a.html")
 
 
 def test_caption(coco_folder: Path, tiny_model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -314,10 +403,15 @@ def test_mask_draws_and_saves(tmp_path: Path) -> None:
 
     done = call("mask", "modality-mutual", "--layout", "v2 q1", "--save", tmp_path / "mask.png")
     assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines() == ["  vvq", "v #.#", "v ###", "q ###"]
+    drawing, key = done.stdout.split("\n\n")
+    assert drawing.splitlines() == ["  vvq", "v #.#", "v ###", "q ###"]
+    assert "# sees, . does not; v visual, q question" in key
+    assert f"Written: {tmp_path / 'mask.png'}" in key
+    assert call("mask", "mma", "--layout", "v2 q1").stdout == done.stdout.partition("Written")[0]  # the method's name
     with Image.open(tmp_path / "mask.png") as picture:
         side = picture.width // 3
         cells = [[picture.getpixel((x * side, y * side)) for x in range(3)] for y in range(3)]
     assert cells == [[0, 255, 0], [0, 0, 0], [0, 0, 0]]
-    assert "no mask 'mma'" in error_of("mask", "mma")
+    assert "no mask 'mmma'" in error_of("mask", "mmma")
+    assert "there is no folder" in error_of("mask", "mma", "--save", tmp_path / "none" / "mask.png")
     assert "layout part 'z1'" in error_of("mask", "causal", "--layout", "z1")

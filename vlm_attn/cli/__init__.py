@@ -4,7 +4,7 @@ This package imports only typer when it is loaded, so that help is quick; torch,
 above it are imported by name when a command runs.
 """
 
-from vlm_attn.cli import bench, evaluate, experiment, scenes, show
+from vlm_attn.cli import bench, data, evaluate, experiment, scenes, show
 from vlm_attn.cli.common import app, main
 
-__all__ = ["app", "bench", "evaluate", "experiment", "main", "scenes", "show"]
+__all__ = ["app", "bench", "data", "evaluate", "experiment", "main", "scenes", "show"]

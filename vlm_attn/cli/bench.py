@@ -7,10 +7,10 @@ from typing import Any
 
 import typer
 
-from vlm_attn.cli.common import app, evals_module, help_without_command
+from vlm_attn.cli.common import MEASURE, Commands, Group, app, evals_module, help_without_command
 
-bench_app = typer.Typer(help="Measure speed side by side with the plain model, in one run.")
-app.add_typer(bench_app, name="bench")
+bench_app = Commands(cls=Group, help="Measure speed side by side with the plain model, in one run.")
+app.add_typer(bench_app, name="bench", rich_help_panel=MEASURE)
 
 
 @bench_app.callback(invoke_without_command=True)

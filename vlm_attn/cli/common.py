@@ -17,8 +17,45 @@ USER_ERRORS = (ValueError, TypeError, NotImplementedError, ImportError, OSError)
 _debug = False
 
 
-class _Commands(typer.core.TyperGroup):
+class _PlainFlags:
+    """Flags are shown without a type: they take no value."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The parameters, flags without a type."""
+        found = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in found:
+            if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+                parameter.metavar = ""
+        return found
+
+
+class _Command(_PlainFlags, typer.core.TyperCommand):
+    """A command."""
+
+
+class Group(_PlainFlags, typer.core.TyperGroup):
+    """A command with commands below it."""
+
+
+class Commands(typer.Typer):
+    """A typer app whose commands show flags without a type."""
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        """See `typer.Typer.command`."""
+        return super().command(name, **{"cls": _Command, **options})
+
+
+#: Headings of ``vlm-attn --help``, in its order.
+LOOK, EVALUATE, CALIBRATE, MEASURE = PANELS = ("Look", "Evaluate", "Calibrate", "Measure")
+
+
+class _Main(Group):
     """Turns the errors a user can cause into one line on stderr and exit code 2."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The commands, heading by heading."""
+        panels = {name: getattr(command, "rich_help_panel", None) for name, command in self.commands.items()}
+        return sorted(panels, key=lambda name: PANELS.index(panels[name]) if panels[name] in PANELS else len(PANELS))
 
     def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
         """Run; see `typer.core.TyperGroup.main`."""
@@ -41,10 +78,9 @@ class _Commands(typer.core.TyperGroup):
             sys.exit(2)
 
 
-app = typer.Typer(
-    cls=_Commands,
+app = Commands(
+    cls=_Main,
     name="vlm-attn",
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Make vision-language models hallucinate less, without training.",
@@ -139,6 +175,19 @@ def main() -> None:
 def usual(model: str, *methods: str) -> list[str]:
     """The runs without --method; constants of gift and var are not known for the diffusion sibling."""
     return [methods[0]] if model == "scenes-diffusion" else list(methods)
+
+
+def load_model(console: Any, model: str, *, load_in_4bit: bool, load_in_8bit: bool, **options: Any) -> tuple[Any, Any]:
+    """`vlm_attn.evals.models.load_model` by the options of the command line, with a line that says so while it loads.
+
+    Raises:
+        ValueError: both --load-in-4bit and --load-in-8bit, and what the loader refuses.
+    """
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("--load-in-4bit and --load-in-8bit: choose one of them")
+    bits = 4 if load_in_4bit else 8 if load_in_8bit else None
+    with console.status(f"Loading {model} ..."):
+        return evals_module("models").load_model(model, bits=bits, **options)
 
 
 def denoising(model: Any, max_new_tokens: int | None, **given: Any) -> Any:

@@ -11,11 +11,16 @@ import typer
 
 from vlm_attn.cli import options as opt
 from vlm_attn.cli.common import (
+    CALIBRATE,
+    EVALUATE,
+    Commands,
+    Group,
     app,
     console_of,
     denoising,
     evals_module,
     help_without_command,
+    load_model,
     progress_of,
     quiet_libraries,
     quiet_warnings,
@@ -41,7 +46,7 @@ def dataset_of(data: str, split: str | None) -> Any:
     return evals_module("coco").CocoDataset.from_folder(data, split)
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=EVALUATE)
 def evaluate(
     evals: Annotated[list[EvalName], typer.Argument(help="What to measure.", metavar="pope|chair|amber...")],
     model: opt.Model = "scenes",
@@ -65,6 +70,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Folder for results.json and samples.jsonl; a stopped run goes on from there.",
+            show_default="a new one in runs/, named by date and time",
             file_okay=False,
         ),
     ] = None,
@@ -105,7 +111,13 @@ def evaluate(
     schedule: opt.Schedule = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    device_map: opt.DeviceMap = None,
+    load_in_4bit: opt.Bits4 = False,
+    load_in_8bit: opt.Bits8 = False,
     json_file: opt.Json = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Also write the figures here, a line each.")
+    ] = None,
     trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Measure hallucination, by default of the plain model, gift and var side by side.
@@ -115,7 +127,7 @@ def evaluate(
 
     Example: [b]vlm-attn eval pope --limit 50 --method baseline --method gift --out results/pope[/b]
 
-    Ctrl-C keeps what is finished; the same command goes on from there when it has --out.
+    Ctrl-C keeps what is finished; the same command with the folder as --out goes on from there.
     """
     quiet_warnings()
     names = list(dict.fromkeys(name.value for name in evals))
@@ -153,9 +165,17 @@ def evaluate(
     processes = evals_module("processes").Processes()
     console = console_of(stderr=str(json_file) == "-")
     console.quiet = not processes.first
-    with console.status(f"Loading {model} ..."):
-        device = processes.device(device)
-        loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
+    device = processes.device(device)
+    loaded, processor = load_model(
+        console,
+        model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+    )
     denoise = denoising(
         loaded,
         max_new_tokens,
@@ -168,9 +188,11 @@ def evaluate(
         schedule=schedule,
     )
 
+    if out is None:
+        out = processes.on_first(lambda: _dated("-".join(names), model))
     finished = []
     for task in tasks:
-        folder = out if out is None or len(tasks) == 1 else out / task.name
+        folder = out if len(tasks) == 1 else out / task.name
         results = _run_with_progress(
             console,
             task,
@@ -190,8 +212,20 @@ def evaluate(
             break
     if json_file is not None and processes.first:
         write_json(json_file, finished[0] if len(tasks) == 1 else finished)
+    if csv_file is not None and processes.first:
+        evals_module("runner").write_text(csv_file, evals_module("export").to_csv(finished))
+    if processes.first and finished[-1]["status"] == "complete":
+        there = f" --data {data}" if data != "scenes" else ""
+        console.print(f"Next: vlm-attn report {out}{there}", soft_wrap=True, markup=False)
     if finished[-1]["status"] == "interrupted":
         raise typer.Exit(130)
+
+
+def _dated(evals: str, model: str) -> Path:
+    """A folder for results that was not asked for by name: ``runs/2026-03-01-142530-chair-scenes``."""
+    from datetime import datetime
+
+    return Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{evals}-{Path(model).name}"
 
 
 def _run_with_progress(console: Any, task: Any, specs: Sequence[Any], *args: Any, **options: Any) -> Any:
@@ -208,7 +242,7 @@ def _run_with_progress(console: Any, task: Any, specs: Sequence[Any], *args: Any
         return evals_module("runner").run(task, specs, *args, progress=advance, **options)
 
 
-def _print_results(console: Any, results: dict[str, Any], folder: Path | None) -> None:
+def _print_results(console: Any, results: dict[str, Any], folder: Path) -> None:
     if results["metrics"]:
         console.print(evals_module("report").results_table(results))
     if results["counts"]["empty"]:
@@ -223,16 +257,16 @@ def _print_results(console: Any, results: dict[str, Any], folder: Path | None) -
         console.print(f"{skipped} questions about images that are not in the data were left out.")
     if "note" in results:
         console.print(results["note"])
-    if folder is not None:
-        console.print(f"Written: {folder / 'results.json'}, {folder / 'samples.jsonl'}", soft_wrap=True)
+    console.print(f"Written: {folder / 'results.json'}, {folder / 'samples.jsonl'}", soft_wrap=True)
     if results["status"] == "interrupted":
         done = sum(results["counts"]["finished"].values())
         total = results["counts"]["samples"] * len(results["config"]["methods"])
-        kept = "The same command goes on from there." if folder is not None else "With --out it could go on."
-        console.print(f"Stopped after {done} of {total} samples. {kept}")
+        console.print(
+            f"Stopped after {done} of {total} samples. The same command with --out {folder} goes on from there."
+        )
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="What eval --out or experiment --out wrote; all runs in it are found.")
@@ -303,8 +337,8 @@ def _pictures_of(name: str, evals: set[str], data: Path | None, split: str | Non
     return dataset
 
 
-score_app = typer.Typer(help="Score answers that exist already, without a model.")
-app.add_typer(score_app, name="score")
+score_app = Commands(cls=Group, help="Score answers that exist already, without a model.")
+app.add_typer(score_app, name="score", rich_help_panel=EVALUATE)
 
 
 @score_app.callback(invoke_without_command=True)
@@ -440,7 +474,7 @@ def _print_scores(results: dict[str, Any], json_file: Path | None, **remarks: st
             console.print(f"{results['counts'][count]} {text}.")
 
 
-@app.command()
+@app.command(rich_help_panel=CALIBRATE)
 def calibrate(
     model: Annotated[str, typer.Argument(help="scenes, a folder, or a hub id.")],
     method: Annotated[
@@ -474,6 +508,9 @@ def calibrate(
     ),
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    device_map: opt.DeviceMap = None,
+    load_in_4bit: opt.Bits4 = False,
+    load_in_8bit: opt.Bits8 = False,
     trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Measure the constants that methods need of a model, and write them as a preset.
@@ -491,7 +528,16 @@ def calibrate(
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
     dataset = dataset_of(data, split)
-    loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
+    loaded, processor = load_model(
+        console_of(),
+        model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+    )
     preset, found = module.calibrate(
         loaded,
         processor,

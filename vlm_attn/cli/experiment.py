@@ -8,11 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from vlm_attn.cli import options as opt
-from vlm_attn.cli.common import app, console_of, evals_module, progress_of, quiet_libraries, quiet_warnings
+from vlm_attn.cli.common import (
+    CALIBRATE,
+    app,
+    console_of,
+    evals_module,
+    load_model,
+    progress_of,
+    quiet_libraries,
+    quiet_warnings,
+)
 from vlm_attn.cli.evaluate import dataset_of
 
 
-@app.command()
+@app.command(rich_help_panel=CALIBRATE)
 def experiment(
     out: Annotated[Path, typer.Option(help="Folder of everything; a stopped run goes on from there.", file_okay=False)],
     model: opt.Model = "scenes",
@@ -31,6 +40,9 @@ def experiment(
     max_new_tokens: opt.MaxNewTokens = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    device_map: opt.DeviceMap = None,
+    load_in_4bit: opt.Bits4 = False,
+    load_in_8bit: opt.Bits8 = False,
     trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Search every method's settings on one split and score it once on another, beside the plain model.
@@ -47,8 +59,16 @@ def experiment(
     searched_on, tested_on = dataset_of(data, search_split), dataset_of(data, split)
     quiet_libraries()
     console = console_of()
-    with console.status(f"Loading {model} ..."):
-        loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
+    loaded, processor = load_model(
+        console,
+        model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+    )
     with progress_of(console) as bar:
         rows: dict[str, Any] = {}
 

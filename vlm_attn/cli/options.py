@@ -35,9 +35,26 @@ Preset = Annotated[
         show_default="the one that fits the model",
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its code.")]
+LOADING = "How the model is loaded"
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=LOADING)]
+Dtype = Annotated[
+    str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.", rich_help_panel=LOADING)
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Spread the model over devices with accelerate: auto, balanced, sequential.", rich_help_panel=LOADING
+    ),
+]
+Bits4 = Annotated[
+    bool, typer.Option("--load-in-4bit", help="Weights in 4 bits, with bitsandbytes.", rich_help_panel=LOADING)
+]
+Bits8 = Annotated[
+    bool, typer.Option("--load-in-8bit", help="Weights in 8 bits, with bitsandbytes.", rich_help_panel=LOADING)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its code.", rich_help_panel=LOADING)
+]
 _DENOISING: dict[str, Any] = {"rich_help_panel": "Masked-diffusion models"}
 Prune = Annotated[
     str | None, typer.Option(help="Beside every run: a method that keeps fewer visual tokens, for example divprune.")

@@ -8,10 +8,20 @@ from typing import Annotated
 import typer
 
 from vlm_attn.cli import options as opt
-from vlm_attn.cli.common import app, console_of, evals_module, help_without_command, quiet_libraries, write_json
+from vlm_attn.cli.common import (
+    LOOK,
+    Commands,
+    Group,
+    app,
+    console_of,
+    evals_module,
+    help_without_command,
+    quiet_libraries,
+    write_json,
+)
 
-scenes_app = typer.Typer(help="The scenes world and its bundled model: look at it, train it, rebuild its card.")
-app.add_typer(scenes_app, name="scenes")
+scenes_app = Commands(cls=Group, help="The scenes world and its bundled model: look at it, train it, rebuild its card.")
+app.add_typer(scenes_app, name="scenes", rich_help_panel=LOOK)
 
 
 @scenes_app.callback(invoke_without_command=True)

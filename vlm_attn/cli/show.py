@@ -13,10 +13,20 @@ from typing import Annotated, Any
 import typer
 
 from vlm_attn.cli import options as opt
-from vlm_attn.cli.common import app, console_of, denoising, evals_module, quiet_libraries, usual, write_json
+from vlm_attn.cli.common import (
+    LOOK,
+    app,
+    console_of,
+    denoising,
+    evals_module,
+    load_model,
+    quiet_libraries,
+    usual,
+    write_json,
+)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on standard output.")] = False,
 ) -> None:
@@ -61,12 +71,16 @@ def _open_images(names: Sequence[str]) -> list[tuple[str, Any, list[str] | None]
     return opened
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def caption(
     images: Annotated[
-        list[str],
-        typer.Argument(metavar="IMAGE...", help="Picture files; [b]scenes:validation/3[/b] is a drawn scene to try."),
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE]...",
+            help="Image files; [b]scenes:validation/3[/b] is a drawn scene to try.",
+            show_default=False,
+        ),
+    ] = None,
     model: opt.Model = "scenes",
     method: opt.Method = None,
     param: opt.Param = None,
@@ -82,27 +96,62 @@ def caption(
     remasking: opt.Remasking = None,
     schedule: opt.Schedule = None,
     json_file: opt.Json = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--images", metavar="FOLDER", help="All images in a folder; the captions also go to --html.", exists=False
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write images and captions side by side, with the differences marked, as one HTML file.",
+            show_default="captions.html, with --images",
+        ),
+    ] = None,
     overlay: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Also draw, on every picture, where the prompt makes the model look."),
     ] = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    device_map: opt.DeviceMap = None,
+    load_in_4bit: opt.Bits4 = False,
+    load_in_8bit: opt.Bits8 = False,
     trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Describe images, by default once with the plain model and once with gift.
 
     Example: [b]vlm-attn caption scenes:validation/3 --method baseline --method var --param var.p=0.6[/b]
 
-    Where the objects in a picture are known, named objects that are not in it are marked red.
+    One's own images as a page: [b]vlm-attn caption --images holiday --method baseline --method gift[/b]
+
+    Where the objects in an image are known, named objects that are not in it are marked red.
     """
-    opened = _open_images(images)
+    if not images and folder is None:
+        raise ValueError("no images: name files, or a folder with --images FOLDER")
+    names = [*(images or []), *_images_in(folder)]
+    if folder is not None and html is None:
+        html = Path("captions.html")
+    for file in (json_file, html):  # now, not after minutes
+        if file is not None and str(file) != "-" and not file.parent.is_dir():
+            raise ValueError(f"{file}: there is no folder {file.parent}")
+    opened = _open_images(names)
     runs = evals_module("specs").with_pruning(method or usual(model, "baseline", "gift"), prune)
     specs = evals_module("specs").parse_specs(runs, param or [], preset)
     quiet_libraries()
     console = console_of(stderr=str(json_file) == "-")
-    with console.status(f"Loading {model} ..."):
-        loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
+    loaded, processor = load_model(
+        console,
+        model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+    )
     denoise = denoising(
         loaded,
         max_new_tokens,
@@ -136,6 +185,31 @@ def caption(
     finally:  # also what is finished before an error or Ctrl-C
         if json_file is not None and records:
             write_json(json_file, {"model": model, "prompt": prompt, "captions": records})
+        if html is not None and records:
+            facts = f'Written by {model}, asked: "{prompt}", at most {longest} tokens.'
+            page = evals_module("gallery").page("Captions side by side", opened, records, facts)
+            evals_module("runner").write_text(html, page)
+            console.print(f"Written: {html} (open it in a browser)", soft_wrap=True, markup=False)
+
+
+#: What counts as an image in a folder.
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def _images_in(folder: Path | None) -> list[str]:
+    """The image files of a folder, by name; none where there is no folder to look into.
+
+    Raises:
+        ValueError: no such folder, or no images in it.
+    """
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        raise ValueError(f"--images {folder}: no such folder")
+    found = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+    if not found:
+        raise ValueError(f"--images {folder}: no images in it (looked for {', '.join(_SUFFIXES)})")
+    return found
 
 
 def _draw_saliency(
@@ -182,9 +256,12 @@ def _print_captions(console: Any, name: str, objects: list[str] | None, rows: li
             console.print(f"{row['method']} names what is not there: {words}", style="red", markup=False)
 
 
-@app.command("mask")
+@app.command("mask", rich_help_panel=LOOK)
 def draw_mask(
-    name: Annotated[str, typer.Argument(help="Its name; sliding:N is causal within the last N columns.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="Its name, or that of the method (mma); sliding:N is causal within the last N columns."),
+    ],
     layout: Annotated[
         str,
         typer.Option(help="Parts of the prompt: s system, v visual, q question, r template tail, a answer, p padding."),
@@ -199,16 +276,21 @@ def draw_mask(
 
     mask, (group, image) = masks.named(name), masks.parse_layout(layout)
     typer.echo(masks.drawing(mask, group, image))
+    typer.echo("\n" + masks.key(mask, group))
     if save is not None:
         from PIL import Image
+
+        if not save.parent.is_dir():
+            raise ValueError(f"--save {save}: there is no folder {save.parent}")
 
         visible = masks.materialise(mask, group, image=image)[0, 0]
         side = max(1, 512 // len(visible))  # pixels of one cell
         cells = (~visible).byte().mul(255).repeat_interleave(side, 0).repeat_interleave(side, 1)
         Image.fromarray(cells.numpy()).save(save, format="PNG")
+        typer.echo(f"Written: {save}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def demo(
     model: opt.Model = "scenes",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
@@ -219,6 +301,9 @@ def demo(
     share: Annotated[bool, typer.Option("--share", help="Also make a public link, through gradio's servers.")] = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    device_map: opt.DeviceMap = None,
+    load_in_4bit: opt.Bits4 = False,
+    load_in_8bit: opt.Bits8 = False,
     trust_remote_code: opt.TrustRemoteCode = False,
 ) -> None:
     """Compare methods in the browser: captions side by side, and what each word looks at.
@@ -227,13 +312,21 @@ def demo(
     """
     page = importlib.import_module("vlm_attn.demo.app")  # says what to install before a model is loaded
     quiet_libraries()
-    with console_of().status(f"Loading {model} ..."):
-        loaded, processor = evals_module("models").load_model(model, device, dtype, trust_remote_code)
+    loaded, processor = load_model(
+        console_of(),
+        model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+    )
     studio = importlib.import_module("vlm_attn.demo.studio").Studio(loaded, processor, model)
     page.serve(studio, host=host, port=port, share=share)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def doctor() -> None:
     """Show versions, devices, and which optional parts are installed and what they are for.
 
