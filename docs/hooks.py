@@ -5,16 +5,24 @@ Nothing is written here: the pages exist in the site only.
 
 from __future__ import annotations
 
+import atexit
+import dataclasses
+import importlib
 import inspect
 import json
 import posixpath
 import re
+import shutil
 import sys
+import tempfile
 import tomllib
+from enum import EnumType
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import equations
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 import vlm_attn
@@ -32,16 +40,36 @@ ELSEWHERE = {
 }
 FILES = "evals/results"  # the measurements, as they are
 ARXIV = r"arXiv (\d{4}\.\d{4,5})"
+#: Modules whose ``__all__`` is public, each a page of the API reference.
+API = {
+    "vlm_attn": "Patch a model, look at its attention, list the methods.",
+    "vlm_attn.hallucination": "Methods that edit attention, set the prompt's mask, or choose the next token.",
+    "vlm_attn.visual_token_ops": "Methods that keep fewer visual tokens, or fewer keys per head.",
+    "vlm_attn.diffusion": "Decoding of masked-diffusion models.",
+    "vlm_attn.hallucination.vhr": "How much each head, and each token of an answer, depends on the image.",
+    "vlm_attn.visual_token_ops.retrieval": "Find the heads that copy, or that attend to what they name.",
+    "vlm_attn.method": "Write a method: the base class of edits, and checks of parameters.",
+    "vlm_attn.heads": "Write a method: the base class of those that choose keys per head.",
+    "vlm_attn.visual_token_ops.chunks": "Write a method: cut the keys of an image into chunks.",
+    "vlm_attn.analysis": "Types of what the analysis functions return.",
+    "vlm_attn.kernels": "Attention kernels, and their PyTorch twins.",
+    "vlm_attn.evals.scenes": "The scenes world: drawn images with known objects.",
+    "vlm_attn.demo": "Draw a map over an image.",
+}
 #: Headings of the navigation by the package that a method lies in; reducers have their own.
 KINDS = {"hallucination": "Attention and decoding", "visual_token_ops": "What every head sees"}
 
 
+@event_priority(100)  # before mkdocstrings reads its own
 def on_config(config: Any) -> None:
-    """Put the methods into the navigation, and at its end pages that it does not name."""
+    """Show mkdocstrings the package. Put the methods into the navigation, and at its end pages that it does not name."""
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(installed())]
     (methods,) = (item["Methods"] for item in config.nav if "Methods" in item)
     for kind in dict.fromkeys(map(_kind, vlm_attn.methods().values())):
         found = [name for name, info in vlm_attn.methods().items() if _kind(info) == kind]
         methods.append({kind: [{name: f"methods/{name}.md"} for name in found]})
+    (reference,) = (item["API"] for item in config.nav if "API" in item)
+    reference += [{name: f"api/{name}.md"} for name in API]
     named = json.dumps(config.nav)
     config.nav += [path.name for path in sorted((ROOT / "docs").glob("*.md")) if f'"{path.name}"' not in named]
 
@@ -60,6 +88,11 @@ def on_files(files: Any, config: Any) -> None:
         files.append(File.generated(config, f"results/{name}", abs_src_path=str(ROOT / FILES / name)))
     for info in vlm_attn.methods().values():
         files.append(File.generated(config, f"methods/{info.name}.md", content=method_page(info)))
+    rows = "\n".join(f"| [{name}]({name}.md) | {about} |" for name, about in API.items())
+    listed = f"# API\n\nEvery public name, from its docstring.\n\n| module | what for |\n|---|---|\n{rows}\n"
+    files.append(File.generated(config, "api/index.md", content=listed))
+    for name in API:
+        files.append(File.generated(config, f"api/{name}.md", content=api_page(name)))
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -83,6 +116,51 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return markdown
 
 
+@cache
+def installed() -> Path:
+    """A folder with the package as it installs: the repository's folders as links, for tools that read source files."""
+    folders = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-dir"]
+    keep = Path(tempfile.mkdtemp(prefix="vlm-attn-docs-"))
+    atexit.register(shutil.rmtree, keep, ignore_errors=True)
+    (keep / "vlm_attn").mkdir()
+    for path in (ROOT / "vlm_attn").iterdir():
+        (keep / "vlm_attn" / path.name).symlink_to(path)
+    for package, folder in folders.items():
+        if package.count(".") == 1 and not folder.startswith("vlm_attn/"):
+            (keep / package.replace(".", "/")).symlink_to(ROOT / folder)
+    return keep
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """References of docstrings (``:func:`` and others) lose their role: the API pages show the name."""
+    return re.sub(r":\w+:(<code>)~?(?:[\w.]+\.)?(\w+)(?=</code>)", r"\1\2", html)
+
+
+def public(module: str) -> list[str]:
+    """The names of a module's ``__all__`` that are not modules, imported: lazy ones are looked up."""
+    found = importlib.import_module(module)
+    return [name for name in found.__all__ if not inspect.ismodule(getattr(found, name))]
+
+
+def api_page(module: str) -> str:
+    """A page of the reference; names that an earlier module already shows are left to it."""
+    earlier = list(API)[: list(API).index(module)]
+    before = {canonical(other, name) for other in earlier for name in public(other)}
+    blocks = []
+    for name in public(module):
+        if (path := canonical(module, name)) not in before:
+            bare = name.isupper() or isinstance(getattr(importlib.import_module(module), name), EnumType)
+            blocks.append(f"::: {path}" + "\n    options:\n      show_if_no_docstring: true" * bare)
+    return "\n\n".join([f"# {module}", API[module], *blocks]) + "\n"
+
+
+def canonical(module: str, name: str) -> str:
+    """Where a public name is defined, if that is known: ``vlm_attn.patch`` is ``vlm_attn.patching.patch``."""
+    value = getattr(importlib.import_module(module), name)
+    home = getattr(value, "__module__", module)
+    return f"{home}.{name}" if home.startswith("vlm_attn") and hasattr(sys.modules[home], name) else f"{module}.{name}"
+
+
 def method_page(info: MethodInfo) -> str:
     """A method's page: what its docstrings say, its parameters, and what was published about it."""
     module = inspect.cleandoc(sys.modules[info.cls.__module__].__doc__ or "")
@@ -93,7 +171,8 @@ def method_page(info: MethodInfo) -> str:
     texts = [f"# {info.name}", f"**{first}**", paper, module, more.strip()]
     parts = [_markdown(text) for text in texts if text]
     if "Equation" in sections:
-        parts += ["## Equation", f"```text\n{sections['Equation']}\n```"]
+        names = [field.name for field in dataclasses.fields(info.cls)]
+        parts += ["## Equation", equations.html(sections["Equation"], names)]
     parts += ["## Parameters", _parameters(info)]
     call = f'model = vlm_attn.patch(model, "{info.name}", processor=processor)'
     shell = f"vlm-attn caption photo.jpg --model MODEL --method baseline --method {info.name}"

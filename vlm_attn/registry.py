@@ -60,7 +60,14 @@ METHODS = {
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What :func:`methods` says about a method."""
+    """What :func:`methods` says about a method.
+
+    Attributes:
+        name: the name that :func:`vlm_attn.patch` takes.
+        summary: the first line of its docstring.
+        paper: where it was published.
+        cls: its class; ``help(cls)`` shows equation, parameters and deviations.
+    """
 
     name: str
     summary: str

@@ -11,6 +11,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -43,7 +44,11 @@ def hooks() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(DOCS))  # its own siblings, as mkdocs does it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(DOCS))
     return module
 
 
@@ -129,7 +134,7 @@ def test_published_numbers_name_their_source() -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built so that every warning is an error."""
-    for name in ("mkdocs", "material"):
+    for name in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: the docs extra brings it")
     out = tmp_path_factory.mktemp("site")
@@ -151,6 +156,63 @@ def test_site_has_a_page_for_every_method(site: Path) -> None:
         for field in dataclasses.fields(info.cls):
             assert f"<code>{field.name}</code>" in page, (name, field.name)
         assert f'href="{name}/"' in (site / "methods" / "index.html").read_text(encoding="utf-8")
+
+
+def public_modules() -> list[str]:
+    """Every module of the package with an ``__all__``, but the command line, whose reference is its help."""
+    package = {
+        **{
+            f"vlm_attn.{folder}": ROOT / folder
+            for folder in ("kernels", "hallucination", "visual_token_ops", "evals", "demo")
+        },
+        "vlm_attn": ROOT / "vlm_attn",
+    }
+    found = []
+    for name, folder in package.items():
+        for file in folder.rglob("*.py"):
+            if re.search(r"^ *__all__ = ", file.read_text(encoding="utf-8"), re.M):
+                parts = [name, *file.relative_to(folder).with_suffix("").parts]
+                found.append(".".join(part for part in parts if part != "__init__"))
+    return sorted(name for name in found if not name.startswith("vlm_attn.cli"))
+
+
+def test_every_public_module_is_in_the_reference() -> None:
+    """A name is public where an ``__all__`` says so, and then the reference has it."""
+    api, listed = hooks().API, {}
+    for module in public_modules():
+        listed[module] = {hooks().canonical(module, name) for name in hooks().public(module)}
+    shown = set().union(*(listed[module] for module in api))
+    missing = {module: names - shown for module, names in listed.items() if names - shown}
+    assert not missing, f"add the module to API in docs/hooks.py: {missing}"
+    assert set(api) <= set(listed)
+
+
+def test_site_shows_every_public_name(site: Path) -> None:
+    for module in hooks().API:
+        page = (site / "api" / module / "index.html").read_text(encoding="utf-8")
+        elsewhere = "".join((site / "api" / other / "index.html").read_text(encoding="utf-8") for other in hooks().API)
+        for name in hooks().public(module):
+            assert f'id="{hooks().canonical(module, name)}"' in page + elsewhere, f"{module}.{name}"
+        assert ":func:" not in page
+
+
+@pytest.mark.parametrize("name", registry.METHODS)
+def test_equations_lose_nothing(name: str) -> None:
+    """The MathML of an equation is well-formed and has every sign of the text."""
+    info = vlm_attn.methods()[name]
+    equation = hooks().docstring(info.cls)[1]["Equation"]
+    made = hooks().equations.html(equation, [field.name for field in dataclasses.fields(info.cls)])
+    root = ElementTree.fromstring(made.replace("&#x2061;", ""))
+    assert root.findall(".//math"), "nothing was taken for mathematics"
+    made_by = hooks().equations
+    plain = re.sub(rf"(?<![A-Za-z_])({'|'.join(made_by.GREEK)})(?![a-z])", lambda m: made_by.GREEK[m[0]], equation)
+    signs = "|".join(map(re.escape, sorted(made_by.OPERATORS, key=len, reverse=True)))
+    plain = re.sub(signs, lambda m: made_by.OPERATORS[m[0]], plain)
+
+    def bare(text: str) -> list[str]:
+        return sorted(re.sub(r"[\s_^()\[\]'′]|sqrt", "", text.replace("−", "-")))  # brackets of subscripts go
+
+    assert bare("".join(root.itertext())) == bare(plain)
 
 
 def test_site_loads_nothing_from_elsewhere(site: Path) -> None:
