@@ -20,7 +20,7 @@ from vlm_attn.branch import Run, answered, encoded_once, look
 from vlm_attn.call import Call
 from vlm_attn.hallucination.gift import normalised, top_heads
 from vlm_attn.kernels import Edit
-from vlm_attn.method import Method, ModelFacts, at_depth, check_range, layer_tuple, unknown_turn
+from vlm_attn.method import Method, ModelFacts, at_depth, check_flag, check_range, layer_tuple, unknown_turn
 
 # Segments; the last three weigh VISUAL and TEXT key by key.
 LATER, OTHER, VISUAL, TEXT, BOOSTED, WEIGHED, EVIDENCE = range(7)
@@ -47,12 +47,17 @@ class Ilvad(Method):
         tokens: how many tokens are written first; all but the last are read. Range 2..1000.
         layers: layers to edit; empty = 5..25 of 32, at the same depth of other models. Published for yes-no questions: 0..30.
         clip_sigma: maps are clipped to their mean +- this many standard deviations before they are scaled to [0, 1].
+        code_parity: give the prompt's text the weights that the released code gives it at the first step: in each layer the sum
+            over the layers so far, the last prompt token counted as one that looked at nothing, scaled by the range that the
+            sums had before the clip.
 
     Rows: the last prompt token and all later ones. The first words are greedy, whatever ``generate`` then does, and end at an
-    end token. Deviations from the released code: batched; the text's weights come from the rehearsal, whole, where the code's
-    grow with every token and layer, and all generated tokens share one, the mean of the words of the rehearsal; they are scaled
-    by their range after the clip, not before it. A later turn keeps the map and the weights of the first. Cost: ``tokens``
-    tokens, and two more prompts (their picture is encoded once).
+    end token. Deviations from the released code: batched; the text's weights come from the rehearsal, whole, and all generated
+    tokens share one, the mean of the words of the rehearsal. The code's weights grow with every token and layer, and are
+    shifted: its prefill never scores the last prompt token, whose score then goes to the first generated token, that of the
+    first to the second, and so on. ``code_parity`` gives its logits at the first step; later tokens still share one weight,
+    with the shift. A later turn keeps the map and the weights of the first. Cost: ``tokens`` tokens, and two more prompts
+    (their picture is encoded once).
     """
 
     name: ClassVar[str] = "ilvad"
@@ -65,6 +70,7 @@ class Ilvad(Method):
     tokens: int = 10
     layers: tuple[int, ...] = ()
     clip_sigma: float = 3.0
+    code_parity: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, "alpha", 0, 20)
@@ -73,6 +79,7 @@ class Ilvad(Method):
         check_range(self, "tokens", 2, 1000)
         check_range(self, "clip_sigma", 0, 100, open_low=True)
         layer_tuple(self, "layers", empty=True)
+        check_flag(self, "code_parity")
 
     @property
     def neutral(self) -> bool:
@@ -91,25 +98,31 @@ class Ilvad(Method):
     def rehearse(self, run: Run) -> None:
         """Write the first words, then see which text looked at the evidence.
 
-        Kept are ``saliency`` and ``weight`` ``[B0, P]`` of the prompt's columns, and ``later`` ``[B0]`` of generated text.
+        Kept are ``saliency`` ``[B0, P]`` and ``weight`` ``[W, B0, P]`` of the prompt's columns, and ``later`` ``[W, B0]`` of
+        generated text; W = 1, with ``code_parity`` the number of layers.
         """
         call, memory = run.call, run.call.memory(self)
-        if call.first:
+        if call.first:  # what the first turn wrote, and this turn's question, count like generated text
             known = call.earlier.memory(self)  # type: ignore[union-attr]
-            memory |= {name: known[name] for name in ("saliency", "weight", "later")}
-            for name, rest in (("saliency", torch.zeros_like(known["later"])), ("weight", known["later"])):
-                wide = rest[:, None].repeat(1, call.prompt.length)
-                wide[:, : call.first] = known[name][:, : call.first]
+            memory["later"] = known["later"]
+            for name, rest in (("saliency", torch.zeros_like(known["later"][0])), ("weight", known["later"])):
+                wide, before = rest[..., None].repeat_interleave(call.prompt.length, -1), known[name][..., : call.first]
+                wide[..., : before.shape[-1]] = before
                 memory[name] = wide
             return
         length, text = call.prompt.length, call.prompt.text_after_image
         with encoded_once(run.model):
             words, seen, there = self.first_words(run)
             saliency = evidence_map(seen, there, call.prompt.visual, tau=self.tau, clip_sigma=self.clip_sigma)
-            looked = self.looked(run, words, torch.cat([text, pad(there, (0, 1))], 1), saliency)
+            all_text = torch.cat([text, pad(there, (0, 1))], 1)
+            looked = self.looked(run, words, all_text, saliency)
+        if self.code_parity:
+            weights = self.as_released(looked, all_text, length)
+        else:
+            weights = normalised(looked.sum(0), all_text, self.clip_sigma)[None]
         memory["saliency"] = saliency
-        memory["weight"] = torch.where(text, looked[:, :length] + self.beta, 1.0)
-        memory["later"] = looked[:, length:].sum(1) / there.sum(1).clamp_min(1) + self.beta
+        memory["weight"] = torch.where(text, weights[..., :length] + self.beta, 1.0)
+        memory["later"] = weights[..., length:].sum(-1) / there.sum(1).clamp_min(1) + self.beta
 
     def first_words(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
         """Greedy words ``[B0, n]``, and what the rows of all but the last give the image.
@@ -143,7 +156,7 @@ class Ilvad(Method):
         return words, torch.stack(rows), there.to(visual.device)
 
     def looked(self, run: Run, words: Tensor, text: Tensor, saliency: Tensor) -> Tensor:
-        """How much each token looks at the evidence, in [0, 1], from a plain forward of the prompt with the words behind it.
+        """How much each token looks at the evidence in each layer, from a plain forward of the prompt with the words after it.
 
         Args:
             run: the run.
@@ -152,17 +165,17 @@ class Ilvad(Method):
             saliency: ``[B0, P]``.
 
         Returns:
-            ``[B0, P + n]`` float32.
+            ``[L, B0, P + n]`` float32.
         """
         visual, first = run.call.prompt.visual, int(text.any(0).int().argmax())
-        total = torch.zeros_like(text, dtype=torch.float32)
+        found: list[Tensor] = []
 
         def tap(layer: int, out: Tensor, attend: Callable[..., Tensor]) -> Tensor:
             attention = attend(slice(first, None))[..., : visual.shape[1]]  # [B, H, R, P]
             evidence = torch.einsum("bhrp,bp->bhr", attention, self.alpha * saliency) * text[:, None, first:]
             mass = torch.einsum("bhrp,bp->bhr", attention, visual.float())
             kept = top_heads(evidence / mass.clamp_min(TINY), HEADS)
-            total[:, first:] += (evidence * kept).sum(1) / kept.sum(1)
+            found.append(pad((evidence * kept).sum(1) / kept.sum(1), (first, 0)))
             return out
 
         inputs = answered(run.inputs, words)
@@ -170,17 +183,47 @@ class Ilvad(Method):
             more = run.model.get_input_embeddings()(words)
             inputs["inputs_embeds"] = torch.cat([inputs["inputs_embeds"], more.to(inputs["inputs_embeds"])], 1)
         look(run, inputs, tap)
-        return normalised(total, text, self.clip_sigma)
+        return torch.stack(found)
+
+    def as_released(self, looked: Tensor, text: Tensor, prompt: int) -> Tensor:
+        """What the released code makes of :meth:`looked`, layer by layer.
+
+        Args:
+            looked: ``[L, B0, P + n]``.
+            text: ``[B0, P + n]`` bool.
+            prompt: P.
+
+        Returns:
+            ``[L, B0, P + n]`` in [0, 1] but for what the clip cuts off.
+        """
+        last = looked[..., prompt - 1 :]
+        looked = torch.cat([looked[..., : prompt - 1], torch.zeros_like(last[..., :1]), last[..., :-1]], -1)
+        text_of_prompt = text & (torch.arange(text.shape[1], device=text.device) < prompt)
+        count, total, made = text_of_prompt.sum(1, keepdim=True), torch.zeros_like(looked[0]), []
+        for layer, more in enumerate(looked):
+            total = total + more
+            low = total.masked_fill(~text_of_prompt, torch.inf).amin(1, keepdim=True)
+            span = total.masked_fill(~text_of_prompt, -torch.inf).amax(1, keepdim=True) - low
+            if layer in self.layers:  # the clip stays for the layers above
+                mean = (total * text_of_prompt).sum(1, keepdim=True) / count
+                off = (total - mean) * text_of_prompt
+                reach = self.clip_sigma * (off.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+                total = total.clamp(mean - reach, mean + reach)
+            made.append(torch.where(text & (span > 0), (total - low) / span.clamp_min(TINY), 0.0))
+        return torch.stack(made)
 
     def edit(self, call: Call, layer: int) -> Edit | None:
-        """The same edit at every edited layer."""
-        return call.once(self, lambda: self.boost(call)) if layer in self.layers else None
+        """The same edit at every edited layer, but for the text's weights with ``code_parity``."""
+        if layer not in self.layers:
+            return None
+        return self.boost(call, layer) if self.code_parity else call.once(self, lambda: self.boost(call, 0))
 
-    def boost(self, call: Call) -> Edit:
-        """The partition of the keys, and what its policy needs to know."""
+    def boost(self, call: Call, weights: int) -> Edit:
+        """The partition of the keys, and what its policy needs to know; ``weights``: which of the text's."""
         memory, times = call.memory(self), call.batch // call.prompt.batch
         visual, text = call.layout.visual, call.layout.text_after_image
-        saliency, weight, later = (memory[name].repeat_interleave(times, 0) for name in ("saliency", "weight", "later"))
+        known = memory["saliency"], memory["weight"][weights], memory["later"][weights]
+        saliency, weight, later = (value.repeat_interleave(times, 0) for value in known)
         columns = [torch.zeros_like(visual), ~visual & ~text, visual, text]
         columns += [visual * (self.alpha * saliency).exp(), text * weight, visual * saliency]
         segments = torch.stack([column.float() for column in columns], -1)

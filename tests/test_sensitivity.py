@@ -59,7 +59,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]]
     ),
     "ilvad": (
         ILVAD,
-        {"alpha": 1.0, "beta": 1.0, "tau": 1.2, "tokens": 3, "layers": (1,), "clip_sigma": 0.5},
+        {"alpha": 1.0, "beta": 1.0, "tau": 1.2, "tokens": 3, "layers": (1,), "clip_sigma": 0.5, "code_parity": True},
         {"alpha": 0.0, "beta": 1.0},
     ),
     "landmark": ({"keep": 1}, {"keep": 2, "tile": 1, "summaries": False}, {"keep": 1.0}),

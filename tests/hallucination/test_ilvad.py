@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 import vlm_attn
 from tests import tiny
-from tests.helpers import MARGIN, Inputs, alone, close, differ, generate, logits, margins, same
+from tests.helpers import MARGIN, Force, Inputs, alone, close, differ, generate, logits, margins, same
 from tests.oracle import attentions, oracle
 from vlm_attn import host
 from vlm_attn.hallucination import Ilvad
@@ -89,7 +90,7 @@ def found_by_hand(model: Any, x: Inputs) -> tuple[list[int], list[float], dict[i
 def row_by_hand(
     row: np.ndarray, found: tuple[list[int], list[float], dict[int, float], float], prompt: int
 ) -> np.ndarray:
-    """One row ``A [H, S]``."""
+    """One row ``A [H, S]``; ``prompt``: where text begins that was not weighed by itself."""
     visual, saliency, weight, later = found
     row, before = row.copy(), row
     behind = list(range(prompt, row.shape[1]))
@@ -105,12 +106,15 @@ def row_by_hand(
     return row / row.sum(1, keepdims=True)
 
 
-def by_hand(found: Any, prompt: int) -> Callable[[int, Tensor], Tensor]:
+def by_hand(found: Any, prompt: int, edited: int | None = None) -> Callable[[int, Tensor], Tensor]:
+    """``edited``: the first column whose row is edited, where that is not the prompt's last."""
+    edited = prompt - 1 if edited is None else edited
+
     def hand(layer: int, probability: Tensor) -> Tensor:
         new = probability.clone()
         rows, keys = probability.shape[2:]
         for r in range(rows):
-            if layer in SETTINGS["layers"] and keys - rows + r >= prompt - 1:
+            if layer in SETTINGS["layers"] and keys - rows + r >= edited:
                 until = keys - rows + r + 1
                 row = row_by_hand(probability[0, :, r, :until].double().numpy(), found, prompt)
                 new[0, :, r, :until] = torch.tensor(row, dtype=new.dtype)
@@ -190,8 +194,7 @@ class TestOnAModel:
                 found = generate(model, x)
                 singles = [generate(model, alone(x, row, (1, 2))) for row in range(2)]
                 others = [generate(model, x, **o) for o in ({"use_cache": False}, {"cache_implementation": "static"})]
-                with torch.no_grad():
-                    beams = model.generate(**x, num_beams=2, num_return_sequences=2, max_new_tokens=4, do_sample=False)
+                beams, forced = self.beams(model, x)
             if min(margin.values) > MARGIN:
                 break
         else:
@@ -200,13 +203,28 @@ class TestOnAModel:
             same(single, (found[0][row : row + 1], found[1][:, row : row + 1]))
         for other in others:
             same(other, found)
-        assert beams.shape[0] == 4
+        assert any(beams.sequences[0::2].flatten() != beams.sequences[1::2].flatten())
+        close(beams.sequences_scores, forced)
         differ(found[1][0], plain[1][0])
         with vlm_attn.patched(model, "ilvad", alpha=0.0, beta=1.0, tokens=2):
             assert torch.equal(generate(model, x)[1], plain[1])
             engine_of(model).force = True
             same(generate(model, x), plain)
         assert torch.equal(generate(model, x)[1], plain[1])
+
+    def beams(self, model: Any, x: Inputs) -> tuple[Any, Tensor]:
+        """Two beams of each prompt, and what is said of each when its tokens are forced one by one."""
+        with torch.no_grad():
+            out = model.generate(
+                **x, num_beams=2, num_return_sequences=2, max_new_tokens=4, do_sample=False,
+                output_scores=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        width, forced = x["input_ids"].shape[1], torch.empty(len(out.sequences))
+        for place in range(2):
+            new = out.sequences[place::2, width:]
+            said = generate(model, x, new=4, logits_processor=LogitsProcessorList([Force(new, width)]))[1]
+            forced[place::2] = said.log_softmax(-1).transpose(0, 1).gather(2, new[..., None]).sum((1, 2)) / 4
+        return out, forced
 
 
 def test_words_end_at_an_end_token() -> None:
@@ -225,16 +243,57 @@ def test_words_end_at_an_end_token() -> None:
 
 
 def test_second_turn() -> None:
-    """It keeps the first one's map; a cache without one is refused."""
+    """The first turn's map and weights; its answer and the second question weigh what generated text weighs."""
     model, inputs = built("llava")
-    x = inputs([[3, "image", 9]], seed=2)
-    ids = torch.cat([x["input_ids"], torch.full((1, 4), 7)], 1)
-    rest = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with torch.no_grad():
-        plain = host.cache_of(model(**x, use_cache=True))
-    with vlm_attn.patched(model, "ilvad", **SETTINGS):
+    more = torch.randint(3, tiny.IMAGE, (1, 6), generator=torch.Generator().manual_seed(3))
+
+    def turn(own: Any, x: Inputs, new: int) -> Any:
         with torch.no_grad():
-            cache = host.cache_of(model(**x, use_cache=True))
-        assert generate(model, {**rest, host.CACHE: cache}, new=2)[1].isfinite().all()
-        with pytest.raises(ValueError, match="filled without ilvad"):
-            model.generate(**rest, max_new_tokens=1, **{host.CACHE: plain})
+            return own.generate(
+                **x, max_new_tokens=new, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+
+    def second(out: Any) -> Inputs:
+        ids = torch.cat([out.sequences, more], 1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), host.CACHE: host.cache_of(out)}
+
+    for seed in range(8):
+        x = inputs([[3, "image", 9]], seed=seed)
+        with vlm_attn.patched(model, "ilvad", **SETTINGS), margins() as margin:
+            first = turn(model, x, 4)
+            got = turn(model, second(first), 3)
+        found, prompt = found_by_hand(model, x), x["input_ids"].shape[1]
+        weights = [*found[2].values(), found[3]]
+        if min(margin.values) > MARGIN and any(found[1]) and max(weights) - min(weights) > 0.2:
+            break
+    else:
+        pytest.fail("no prompt with evidence and without a tie")
+    wanted = turn(oracle(model, by_hand(found, prompt)), x, 4)
+    assert first.sequences.tolist() == wanted.sequences.tolist()
+    rest = second(wanted)
+    assert host.cache_of(wanted).get_seq_length() > prompt
+    own = oracle(model, by_hand(found, prompt, edited=rest["input_ids"].shape[1] - 1))
+    wanted = turn(own, rest, 3)
+    assert got.sequences.tolist() == wanted.sequences.tolist()
+    close(torch.stack(got.logits), torch.stack(wanted.logits), 1e-4)
+    plain = turn(model, second(turn(model, x, 4)), 1)
+    with vlm_attn.patched(model, "ilvad", **SETTINGS), pytest.raises(ValueError, match="filled without ilvad"):
+        model.generate(**second(plain), max_new_tokens=1)
+
+
+def test_weights_as_released() -> None:
+    """Text at columns 1..3 of a prompt of four, one generated word read behind it; two layers, of which the first is edited.
+
+    The last prompt token counts 0. Layer 0: sums 3, 1, 0; from 0 to 3. Clipped at mean 4/3 + 1 deviation 1.528: 2.861.
+    Layer 1 adds to what the clip left: 2.861 + 1, 1 + 3, 0. The word has what the last prompt token looked at: 2, then 2.
+    """
+    looked = torch.tensor([[[9.0, 3.0, 1.0, 2.0, 7.0]], [[9.0, 1.0, 3.0, 2.0, 7.0]]])
+    text = torch.tensor([[False, True, True, True, True]])
+    method = Ilvad(layers=(0,), clip_sigma=1.0, code_parity=True)
+    now = method.as_released(looked, text, 4)
+    edge = 4 / 3 + math.sqrt(7 / 3)
+    assert edge == pytest.approx(2.861, abs=1e-3)
+    low = max(0.0, 4 / 3 - math.sqrt(7 / 3))
+    assert low == 0.0
+    close(now[0], torch.tensor([[0.0, edge / 3, 1 / 3, 0.0, 2 / 3]]))
+    close(now[1], torch.tensor([[0.0, (edge + 1) / 4, 1.0, 0.0, 4 / 4]]))

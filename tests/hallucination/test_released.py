@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 
 import vlm_attn
 from tests.helpers import Inputs
-from vlm_attn.hallucination import Guidance, Pai, Paint
+from vlm_attn.hallucination import Guidance, Ilvad, Pai, Paint
 from vlm_attn.method import Method
 
 ORACLES = Path(__file__).parents[2].parent / "shared" / "oracles"
@@ -106,6 +106,46 @@ class TestEdits:
                 assert (rows - torch.from_numpy(kept(name)[f"{i}.prompt_logits"])).abs().max() <= TOLERANCE
                 found = said(model_of(name), x, steps=10, num_beams=3).sequences[0, -10:]
                 assert found.tolist() == kept(name)[f"{i}.beams"].tolist()
+
+
+class TestIlvad:
+    """Their map; our documented form, written by others; with ``code_parity`` the released logits of the first step."""
+
+    NAMES = ("alpha", "beta", "tau", "tokens", "layers")
+
+    def parameters(self, **changes: Any) -> dict[str, Any]:
+        return {**{key: constants("ilvad")[key] for key in self.NAMES}, **changes}
+
+    def test_documented_form(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        maps: list[Tensor] = []
+        rehearse = Ilvad.rehearse
+
+        def look(self: Ilvad, run: Any) -> None:
+            rehearse(self, run)
+            maps.append(run.call.memory(self)["saliency"][0])
+
+        monkeypatch.setattr(Ilvad, "rehearse", look)
+        with vlm_attn.patched(model_of("ilvad"), "ilvad", **self.parameters()):
+            got = [torch.stack(said(model_of("ilvad"), inputs("ilvad", [i])).logits)[:, 0] for i in CASES]
+            batch = torch.stack(said(model_of("ilvad"), inputs("ilvad", CASES)).logits)
+        wanted = [kept("ilvad")[f"{i}.logits"] for i in CASES]
+        compare(got, wanted, least=40)
+        compare(list(batch.unbind(1)), wanted, least=40)
+        for i, found in zip(CASES, maps[: len(CASES)], strict=True):
+            start, stop = kept("ilvad")[f"{i}.spans"]
+            assert (found[start:stop] - torch.from_numpy(kept("ilvad")[f"{i}.saliency"])).abs().max() < 1e-5
+
+    @pytest.mark.parametrize(("changes", "tag"), [({}, ""), ({"beta": 100.0}, "_beta100")])
+    def test_first_step_of_the_released_code(self, changes: dict[str, Any], tag: str) -> None:
+        for i in CASES:
+            wanted = torch.from_numpy(kept("ilvad")[f"{i}.official_logits{tag}"])[0]
+            with vlm_attn.patched(model_of("ilvad"), "ilvad", **self.parameters(code_parity=True, **changes)):
+                now = said(model_of("ilvad"), inputs("ilvad", [i]), steps=1).logits[0][0]
+            assert (now - wanted).abs().max() <= TOLERANCE
+        with vlm_attn.patched(model_of("ilvad"), "ilvad", **self.parameters(**changes)):
+            other = said(model_of("ilvad"), inputs("ilvad", [i]), steps=1).logits[0][0]
+        if not changes:  # the shift is no rounding
+            assert (other - wanted).abs().max() > 10 * TOLERANCE
 
 
 def guided(name: str, tag: str, methods: list[Method]) -> None:
