@@ -50,8 +50,9 @@ def plot_frontier(effects: Mapping[str, Any], path: Path) -> Path | None:
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6 * len(names)), layout="constrained")
+    figure = Figure(figsize=(12, 5.5 * len(names)), layout="constrained")
     axes = figure.subplots(len(names), 2, squeeze=False)
+    named: list[tuple[Any, list[tuple[str, float, float]]]] = []
     for row, name in zip(axes, names, strict=True):
         (bad, bad_title), (good, good_title) = FRONTIERS[name]
         entries = {label: e for label, e in effects["methods"].items() if name in e["figures"]}
@@ -68,22 +69,98 @@ def plot_frontier(effects: Mapping[str, Any], path: Path) -> Path | None:
             for label, e in entries.items()
         }
         best = frontier(points)
+        labels: tuple[list[Any], list[Any]] = ([], [])
         for place, label in enumerate(entries):
             cells = entries[label]["figures"][name]
             style = {"color": f"C{place % 10}", "marker": "o" if label != effects["baseline"] else "s", "capsize": 2}
-            style |= {"fillstyle": "full" if label in best else "none", "linestyle": "none"}
+            style |= {
+                "fillstyle": "full" if label in best else "none",
+                "linestyle": "none",
+                "elinewidth": 0.7,
+                "alpha": 0.85,
+            }
             row[0].errorbar(cells[good]["value"], cells[bad]["value"], _arms(cells[bad]), _arms(cells[good]), **style)
-            row[0].annotate(label, (cells[good]["value"], cells[bad]["value"]), (4, 4), textcoords="offset points")
+            labels[0].append((label, cells[good]["value"], cells[bad]["value"]))
             if latency[label] is not None:
                 row[1].errorbar(latency[label], cells[bad]["value"], _arms(cells[bad]), **style)
-                row[1].annotate(label, (latency[label], cells[bad]["value"]), (4, 4), textcoords="offset points")
+                labels[1].append((label, latency[label], cells[bad]["value"]))
         row[0].set(xlabel=good_title, ylabel=bad_title)
         row[1].set(xlabel=f"time, times that of {effects['baseline']}", ylabel=bad_title)
-        if not any(value is not None for value in latency.values()):
+        times = [value for value in latency.values() if value is not None]
+        if not times:
             row[1].set_axis_off()
+        elif max(times) > 4 * min(times):
+            row[1].set_xscale("log", base=2)
+            row[1].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        named += zip(row, labels, strict=True)
     figure.suptitle("Full marks: no other method is better in one and as good in the others")
-    figure.savefig(path, dpi=110)
+    for axis, _ in named:
+        axis.margins(0.12)
+    figure.draw_without_rendering()  # now it is known where everything stands, and it stays there
+    figure.set_layout_engine("none")
+    for axis, items in named:
+        place_labels(axis, items)
+    figure.savefig(path, dpi=130)
     return path
+
+
+def place_labels(axis: Any, items: Sequence[tuple[str, float, float]]) -> None:
+    """Write a name to every point, inside the frame and off the other points and names; with a thin line where it is far.
+
+    Args:
+        axis: of a figure that has been laid out.
+        items: name, x, y of every point.
+    """
+    from matplotlib.patheffects import withStroke
+
+    frame = axis.get_window_extent()
+    spots = [axis.transData.transform((x, y)) for _, x, y in items]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    scale = axis.figure.dpi / 72
+    for (label, x, y), (px, py) in zip(items, spots, strict=True):
+        note = axis.annotate(label, (x, y), (0, 0), textcoords="offset points", fontsize="small", zorder=9)
+        note.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable over error bars
+        size = note.get_window_extent()
+        best = min(
+            _spots(px, py, size.width, size.height),
+            key=lambda box: (
+                sum(_overlap(box, other) for other in taken) + 10 * _outside(box, frame.extents),
+                abs(box[0] + box[2] - 2 * px) + abs(box[1] + box[3] - 2 * py),
+            ),
+        )
+        note.set_position(((best[0] - px) / scale, (best[1] - py) / scale))
+        if max(px - best[2], best[0] - px, py - best[3], best[1] - py) > 12:
+            axis.annotate(
+                "",
+                (x, y),
+                (((best[0] + best[2]) / 2 - px) / scale, ((best[1] + best[3]) / 2 - py) / scale),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "0.5", "shrinkA": 8},
+            )
+        taken.append(best)
+
+
+Box = tuple[float, float, float, float]
+
+
+def _spots(x: float, y: float, width: float, height: float) -> list[Box]:
+    """Boxes around a point, near ones first."""
+    found = []
+    for ring in (6, 14, 24, 38, 56, 80):
+        for dx, dy in ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1)):
+            left = x + dx * ring - (width if dx < 0 else width / 2 if dx == 0 else 0)
+            low = y + dy * ring - (height if dy < 0 else height / 2 if dy == 0 else 0)
+            found.append((left, low, left + width, low + height))
+    return found
+
+
+def _overlap(a: Box, b: Sequence[float]) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _outside(box: Box, frame: Sequence[float]) -> float:
+    """The part of a box beyond a frame."""
+    return (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, frame)
 
 
 def _arms(cell: Mapping[str, Any]) -> list[list[float]] | None:
@@ -115,8 +192,9 @@ def plot_categories(runs: Sequence[Run], methods: Sequence[str], path: Path) -> 
             drawn.append((run, counts))
     if not drawn:
         return None
-    figure = Figure(figsize=(12, 6 * len(drawn)), layout="constrained")
+    figure = Figure(figsize=(12, 7 * len(drawn)), layout="constrained")
     axes = figure.subplots(len(drawn), 2, squeeze=False)
+    named: dict[str, Any] = {}
     for row, (run, counts) in zip(axes, drawn, strict=True):
         for axis, kind in zip(row, ("invented", "missed"), strict=True):
             total = {c: sum(f.get(c, {}).get(kind, 0) for f in counts.values()) for f in counts.values() for c in f}
@@ -125,10 +203,13 @@ def plot_categories(runs: Sequence[Run], methods: Sequence[str], path: Path) -> 
             for place, (label, found) in enumerate(counts.items()):
                 images = max(1, len({record["image_id"] for record in run.records[label]}))
                 values = [100 * found.get(category, {}).get(kind, 0) / images for category in top]
-                axis.barh([i + place * height for i in range(len(top))], values, height, label=label)
+                bars = axis.barh(
+                    [i + place * height for i in range(len(top))], values, height, color=f"C{methods.index(label)}"
+                )
+                named.setdefault(label, bars)
             axis.set_yticks([i + 0.4 - height / 2 for i in range(len(top))], top)
             axis.set(title=f"{run.eval}: {kind}", xlabel="per 100 images")
             axis.invert_yaxis()
-        row[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=METHODS)  # not over the bars
+    figure.savefig(path, dpi=130)
     return path

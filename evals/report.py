@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,16 +91,103 @@ def _cell(metric: Mapping[str, float | None]) -> str:
 
 def signed(metric: Mapping[str, float | None]) -> str:
     """A difference and its interval."""
-    value, low, high = (round(metric[key] or 0.0, 1) + 0.0 for key in ("value", "low", "high"))
-    if metric["low"] is None:
-        return f"{value:+.1f}"
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    rounded = (round(metric[key] or 0.0, 1) for key in ("value", "low", "high"))
+    value, low, high = (f"{number:+.1f}" if number else "0.0" for number in rounded)
+    return value if metric["low"] is None else f"{value} ({low} to {high})"
 
 
 def clear(metric: Mapping[str, float | None]) -> bool:
     """Whether a difference's interval holds no 0."""
     low, high = metric["low"], metric["high"]
     return low is not None and high is not None and (low > 0 or high < 0)
+
+
+def same(metric: Mapping[str, float | None]) -> bool:
+    """Whether a difference and its interval are 0 to the shown decimal."""
+    return not any(round(metric[key] or 0.0, 1) for key in ("value", "low", "high"))
+
+
+def corrected(differences: Mapping[str, Mapping[str, float | None] | None], level: float = 0.05) -> set[str]:
+    """The labels whose difference is `clear` also when all of them are asked at once (Holm's step-down procedure).
+
+    Args:
+        differences: label -> a difference with its 95 % interval; None where there is none.
+        level: chance of one wrong label or more.
+
+    The probability of a difference comes from its interval's width, as if it were normally distributed.
+    """
+    asked = {label: m for label, m in differences.items() if m is not None and m["low"] is not None}
+    found: set[str] = set()
+    for place, (p, label) in enumerate(sorted((_probability(m), label) for label, m in asked.items())):
+        if p > level / (len(asked) - place):
+            break
+        if clear(asked[label]):
+            found.add(label)
+    return found
+
+
+def _probability(metric: Mapping[str, float | None]) -> float:
+    """Two-sided, of a difference at least that large where there is none."""
+    value, low, high = (metric[key] or 0.0 for key in ("value", "low", "high"))
+    if high <= low:
+        return 1.0 if value == 0 else 0.0
+    return math.erfc(abs(value) / ((high - low) / (2 * 1.96)) / math.sqrt(2))
+
+
+#: Per evaluation of captions: (what is invented, what is found).
+INVENTED_AND_FOUND = {"chair": ("chair_i", "recall"), "amber": ("generative.chair", "generative.cover")}
+MARGIN = 1.0  # points that recall may lose and still be kept
+
+
+def verdicts(effects: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What can be said of every method against the baseline: label -> question -> answer.
+
+    Questions of captions: ``fewer invented objects``, ``recall kept``; of yes/no questions: ``more right answers``. Answers are
+    yes, no or not shown, each with its difference.
+    """
+    found: dict[str, dict[str, str]] = {label: {} for label in effects["methods"] if label != effects["baseline"]}
+
+    def differences(name: str, key: str) -> dict[str, Any]:
+        figures = {label: effects["methods"][label]["figures"].get(name, {}) for label in found}
+        return {label: of[key]["difference"] for label, of in figures.items() if "difference" in of.get(key, {})}
+
+    def answer(label: str, question: str, metric: Mapping[str, Any], *, yes: bool, no: bool) -> None:
+        change = "no difference" if same(metric) else signed(metric).split()[0]
+        word = "yes" if yes else "no" if no and clear(metric) else "not shown"
+        found[label].setdefault(question, f"{word} ({change})")
+
+    for name, (invented, named) in INVENTED_AND_FOUND.items():
+        sure = corrected(changes := differences(name, invented))
+        for label, metric in changes.items():
+            fewer = label in sure and metric["value"] < 0
+            answer(label, "fewer invented objects", metric, yes=fewer, no=metric["value"] > 0)
+        for label, metric in differences(name, named).items():
+            kept = metric["low"] is not None and metric["low"] > -MARGIN
+            answer(label, "recall kept", metric, yes=kept, no=metric["value"] < 0)
+    keys = dict.fromkeys(key for entry in effects["methods"].values() for key in entry["figures"].get("pope", {}))
+    f1 = [key for key in keys if key.endswith(".f1")]
+    for key in [key for key in f1 if key == "mean.f1"] or f1[:1]:
+        sure = corrected(changes := differences("pope", key))
+        for label, metric in changes.items():
+            right = label in sure and metric["value"] > 0
+            answer(label, "more right answers", metric, yes=right, no=metric["value"] < 0)
+    return {label: answers for label, answers in found.items() if answers}
+
+
+def verdict_lines(effects: Mapping[str, Any]) -> list[str]:
+    """`verdicts` as sentences, and what their words mean."""
+    lines = [
+        f"{label}: {'; '.join(f'{question}: {word}' for question, word in answers.items())}."
+        for label, answers in verdicts(effects).items()
+    ]
+    return [*lines, VERDICT] if lines else []
+
+
+VERDICT = (
+    "Fewer invented objects: yes where CHAIR_I (AMBER: CHAIR) falls and the difference is marked **; no where it rises and is "
+    f"marked * or **. Recall kept: yes where the interval's lower end is above -{MARGIN:g} point; no where recall falls and is "
+    "marked. More right answers: the same for POPE's F1. Otherwise not shown: these images do not tell."
+)
 
 
 # Per evaluation: figure -> title. An arrow says where better is.
@@ -128,17 +216,22 @@ POPE_FIGURES = {"accuracy": "accuracy ↑", "f1": "F1 ↑", "yes_ratio": "says y
 def effect_tables(effects: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[list[str]]]]]:
     """The tables of one model and data (`effects.effects`): title, head, rows of cells of lines.
 
-    A value is followed by its difference to the baseline, with a * where the 95 % interval holds no 0, and by the interval.
+    A value is followed by its difference to the baseline and by the difference's interval, or by = where both are 0. A * says
+    that the 95 % interval holds no 0, ** that this stands when all methods of the column are asked at once (`corrected`).
     """
     methods = effects["methods"]
     for name, protocol in effects["evals"].items():
         shown = {label: entry["figures"][name] for label, entry in methods.items() if name in entry["figures"]}
         for title, titles in _titles(name, shown):
             rows = []
+            sure = {
+                key: corrected({label: f.get(key, {}).get("difference") for label, f in shown.items()})
+                for key in titles
+            }
             for label, figures in shown.items():
                 finished = protocol["finished"][label]
                 part = [] if finished == protocol["samples"] else [f"{finished} of {protocol['samples']}"]
-                rows.append([[label, *part], *(_effect_cell(figures.get(key)) for key in titles)])
+                rows.append([[label, *part], *(_effect_cell(figures.get(key), label in sure[key]) for key in titles)])
             yield title, ["", *titles.values()], rows
     columns = {
         f"time per token, {NAMES[name]}": [_times(entry["speed"].get(name)) for entry in methods.values()]
@@ -161,7 +254,8 @@ def effect_tables(effects: Mapping[str, Any]) -> Iterator[tuple[str, list[str], 
 NAMES = {"chair": "CHAIR", "pope": "POPE", "amber": "AMBER"}
 LEGEND = (
     "In percent; length in tokens. Signed: the difference to {baseline}, with its 95 % interval (paired bootstrap over "
-    "images); * where that holds no 0. Time: per generated token, its prompt included, over that of {baseline} in the same "
+    "images), or = where both are 0.0; * where the interval holds no 0, ** where that stands after Holm's correction for the "
+    "number of methods in the column. Time: per generated token, its prompt included, over that of {baseline} in the same "
     "run; of a batch of captions, in alternation with {baseline}."
 )
 
@@ -177,14 +271,17 @@ def _titles(name: str, shown: Mapping[str, Mapping[str, Any]]) -> list[tuple[str
     ]
 
 
-def _effect_cell(figure: Mapping[str, Any] | None) -> list[str]:
+def _effect_cell(figure: Mapping[str, Any] | None, sure: bool) -> list[str]:
     if figure is None:
         return ["-"]
     difference = figure.get("difference")
     if not difference:
         return [f"{figure['value']:.1f}"]
+    if same(difference):
+        return [f"{figure['value']:.1f}", "="]
     change, _, interval = signed(difference).partition(" ")
-    return [f"{figure['value']:.1f}", change + " *" * clear(difference), *([interval] if interval else [])]
+    mark = " **" if sure else " *" * clear(difference)
+    return [f"{figure['value']:.1f}", change + mark, *([interval] if interval else [])]
 
 
 def _times(speed: Mapping[str, float] | None) -> str:
@@ -201,21 +298,30 @@ def effects_group(effects: Mapping[str, Any]) -> Group:
         for row in rows:
             table.add_row(*("\n".join([cell[0], *(f"[dim]{line}[/dim]" for line in cell[1:])]) for cell in row))
         parts += [table, Text("")]
-    return Group(*parts, *(Text(line, style="dim") for line in notes(effects)))
+    told = verdict_lines(effects)
+    parts += [*map(Text, told[:-1]), Text("")] if told else []
+    return Group(*parts, *(Text(line, style="dim") for line in [*told[-1:], *notes(effects)]))
 
 
 def effects_markdown(effects: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
     lines = [f"## {effects['model']} on {effects['data']}", ""]
+    told = verdict_lines(effects)
+    lines += [*(f"- {_plain(line)}" for line in told[:-1]), "", _plain(told[-1]), ""] if told else []
     for title, head, rows in effect_tables(effects):
         lines += [f"### {title}", "", _markdown_row(head), "|" + "---|" * len(head)]
         lines += [_markdown_row([" ".join(cell) for cell in row]) for row in rows]
         lines.append("")
-    return "\n".join([*lines, *(f"{line}\n" for line in notes(effects))])
+    return "\n".join([*lines, *(f"{_plain(line)}\n" for line in notes(effects))])
+
+
+def _plain(text: str) -> str:
+    """Text whose asterisks are no Markdown."""
+    return text.replace("*", "\\*")
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_plain(cell.replace("|", "\\|")) for cell in cells) + " |"
 
 
 def notes(effects: Mapping[str, Any]) -> list[str]:

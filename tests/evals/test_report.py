@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from vlm_attn import cli
 from vlm_attn.evals import chair, effects, page, pope, report, runner
 from vlm_attn.evals.coco import CocoDataset, open_image
-from vlm_attn.evals.plots import frontier
+from vlm_attn.evals.plots import frontier, place_labels
 from vlm_attn.evals.specs import parse_specs
 from vlm_attn.evals.tasks import chair_task
 
@@ -196,6 +196,79 @@ def test_objects_invented_and_missed() -> None:
     assert pope.asked_object("Are there any kites in this picture?") == "kites"
 
 
+def change(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high}
+
+
+def test_marks_are_corrected_for_the_number_of_methods() -> None:
+    """Holm by hand: of p = .001, .02, .03 only the first is below .05 / 3, the second misses .05 / 2 = .025 or not."""
+    z = {0.001: 3.2905, 0.02: 2.3263, 0.03: 2.1701, 0.6: 0.5244}  # quantiles of the normal distribution, two-sided
+
+    def of(p: float) -> dict[str, float]:
+        return change(-z[p], -z[p] - 1.96, -z[p] + 1.96)  # standard error 1
+
+    assert report.corrected({"a": of(0.001), "b": of(0.02), "c": of(0.03)}) == {"a", "b", "c"}  # .05/3, .05/2, .05/1
+    assert report.corrected({"a": of(0.001), "b": of(0.03), "c": of(0.03)}) == {"a"}
+    assert report.corrected({"b": of(0.03)}) == {"b"}
+    assert report.corrected({"a": of(0.001), "b": of(0.6), "none": None}) == {"a"}
+    assert report.corrected({"flat": change(0.0, 0.0, 0.0), "one": change(1.0, None, None)}) == set()  # type: ignore[arg-type]
+
+
+def effects_of(**methods: dict[str, dict[str, float]]) -> dict[str, Any]:
+    figures = {
+        label: {"figures": {"chair": {key: {"value": 1.0, "difference": d} for key, d in changes.items()}}}
+        for label, changes in methods.items()
+    }
+    return {"baseline": "baseline", "methods": {"baseline": {"figures": {"chair": {}}}, **figures}}
+
+
+@pytest.mark.parametrize(
+    ("invented", "recall", "answers"),
+    [
+        (change(-5, -7, -3), change(-0.2, -0.8, 0.4), ("yes (-5.0)", "yes (-0.2)")),
+        (change(5, 3, 7), change(-3, -5, -1), ("no (+5.0)", "no (-3.0)")),
+        (change(-1, -3, 1), change(-1, -3, 1), ("not shown (-1.0)", "not shown (-1.0)")),
+        (change(0, 0, 0), change(0, 0, 0), ("not shown (no difference)", "yes (no difference)")),
+    ],
+)
+def test_verdicts(invented: Any, recall: Any, answers: tuple[str, str]) -> None:
+    found = report.verdicts(effects_of(gift={"chair_i": invented, "recall": recall}))
+    assert found == {"gift": dict(zip(("fewer invented objects", "recall kept"), answers, strict=True))}
+
+
+def test_a_gain_among_many_tries_is_not_a_verdict() -> None:
+    """One of twenty at p = .03 is what chance gives."""
+    lucky, idle = change(-2.17, -4.13, -0.21), change(0.1, -1.86, 2.06)
+    tries = {f"m{n}": {"chair_i": lucky if n == 0 else idle} for n in range(20)}
+    assert report.verdicts(effects_of(**tries))["m0"]["fewer invented objects"].startswith("not shown")
+    assert report.verdicts(effects_of(m0=tries["m0"]))["m0"]["fewer invented objects"].startswith("yes")
+
+
+def test_no_difference_is_said_in_one_sign(run: Path) -> None:
+    text = report.effects_markdown(effects.effects(effects.read_runs(run)))
+    assert "(0.0 to 0.0)" not in text
+    assert "+0.0" not in text
+    assert re.search(r"\| gift \|.* 100\.0 = \|", text)  # recall
+    assert report.signed(change(-0.04, -0.06, 2.0)) == "0.0 (-0.1 to +2.0)"
+
+
+def test_names_lie_in_the_frame_and_apart() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    points = [(f"method {n}", 1.0 + 0.001 * n, 2.0) for n in range(8)] + [("at the edge of it all", 5.0, 2.0)]
+    for _, x, y in points:
+        axis.plot(x, y, "o")
+    figure.draw_without_rendering()
+    place_labels(axis, points)
+    frame = axis.get_window_extent()
+    boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
+    assert len(boxes) == len(points)
+    assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)
+    assert not [(a, b) for n, a in enumerate(boxes) for b in boxes[:n] if a.overlaps(b)]
+
+
 def test_page_marks_words_and_boxes_and_escapes(coco_folder: Path, run: Path) -> None:
     dataset = CocoDataset.from_folder(coco_folder)
     image = dataset.image_ids[0]  # 40 x 30, boxes at the corner
@@ -205,7 +278,7 @@ def test_page_marks_words_and_boxes_and_escapes(coco_folder: Path, run: Path) ->
     runs = effects.read_runs(run)
     runs[0].records.update(baseline=[record], gift=[])
     html = page.section(effects.effects(runs), runs, [], dataset=dataset, worst=3)
-    assert '&lt;b&gt;a <mark title="not there">cat</mark>&lt;/b&gt; &amp; a dog' in html
+    assert '&lt;b&gt;a <span class="false" title="not in the image">cat</span>&lt;/b&gt; &amp; a dog' in html
     assert html.count("<article>") == 1
     assert html.count("<rect") == len(dataset.objects(image))
     assert 'viewBox="0 0 40 30"' in html
@@ -262,3 +335,27 @@ def test_speeds_stay_when_nothing_is_left_to_run(
     assert first["baseline"]["samples"] == len(task.samples) - 3  # all but the batch that warms up
     assert first["baseline"]["tokens"] > 0
     assert runner.run(task, parse_specs(["baseline"]), *tiny_model, **options)["environment"]["speed"] == first
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1400])
+def test_report_fits_screens_and_paper(run: Path, width: int) -> None:
+    """Opened as a file: nothing is cut, only tables scroll; it has a title and a date, and prints."""
+    browsing = pytest.importorskip("tests.demo.browsing")
+    if browsing.CHROMIUM is None:
+        pytest.skip("no chromium here")
+    done = call("report", run, "--worst", 3)
+    assert done.exit_code == 0, done.output
+    with browsing.sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=browsing.CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab.goto((run / "report" / "report.html").as_uri())
+        assert tab.title() == "m: gift against baseline"
+        assert re.search(r"Made on \d{4}-\d{2}-\d{2}", tab.locator("p.facts").first.inner_text())
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        cut = "[...document.querySelectorAll('table')].filter(t => t.scrollWidth > t.parentElement.clientWidth && "
+        assert tab.evaluate(cut + "getComputedStyle(t.parentElement).overflowX != 'auto').length") == 0
+        assert tab.locator("table.verdict td").all_inner_texts()[0] == "gift"
+        assert len(tab.pdf()) > 10_000
+        browsing.keep(tab, f"report-{width}.png")
+        browser.close()

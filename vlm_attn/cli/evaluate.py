@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import vlm_attn
 from vlm_attn.cli import options as opt
 from vlm_attn.cli.common import (
     CALIBRATE,
@@ -223,8 +225,6 @@ def evaluate(
 
 def _dated(evals: str, model: str) -> Path:
     """A folder for results that was not asked for by name: ``runs/2026-03-01-142530-chair-scenes``."""
-    from datetime import datetime
-
     return Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{evals}-{Path(model).name}"
 
 
@@ -318,7 +318,9 @@ def report(
         drawn = [plot for plot in plots if plot is not None]
         sections.append(evals_module("page").section(facts, world, drawn, dataset=dataset, worst=worst))
     evals_module("runner").write_text(out / "report.md", "\n".join(texts))
-    evals_module("runner").write_text(out / "report.html", evals_module("page").page(sections))
+    made = f"Made on {datetime.now():%Y-%m-%d} by vlm-attn {vlm_attn.__version__}."
+    page = evals_module("page")
+    evals_module("runner").write_text(out / "report.html", page.page(sections, page.title_of(found), made))
     if json_file is not None:
         write_json(json_file, found)
     console.print(f"Written: {out / 'report.html'}, {out / 'report.md'}", soft_wrap=True)
