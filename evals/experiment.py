@@ -170,7 +170,7 @@ def latency(
             return clock() - begun
 
     ratios = [once(spec) / once(MethodSpec(BASELINE)) for _ in range(pairs + 1)][1:]
-    low, *_, high = statistics.quantiles(ratios, n=5) if len(ratios) > 1 else (ratios[0], ratios[0])
+    low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive") if len(ratios) > 1 else (ratios[0], ratios[0])
     return {"latency": statistics.median(ratios), "low": low, "high": high}
 
 

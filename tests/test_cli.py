@@ -118,7 +118,9 @@ def test_benchmark_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> No
     module = type("Benchmark", (), {"main": staticmethod(lambda: seen.append(sys.argv[1:]))})
     load = importlib.import_module
     monkeypatch.setattr(
-        importlib, "import_module", lambda name: module if name == "vlm_attn.evals.bench.overhead" else load(name)
+        importlib,
+        "import_module",
+        lambda name, *rest, **more: module if name == "vlm_attn.evals.bench.overhead" else load(name, *rest, **more),
     )
     assert call("bench", "overhead", "--layers", "2", "--help", "--json", "x").exit_code == 0
     assert seen == [["--layers", "2", "--help", "--json", "x"]]
@@ -401,6 +403,9 @@ def test_unexpected_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> No
 def test_mask_draws_and_saves(tmp_path: Path) -> None:
     from PIL import Image
 
+    from vlm_attn.cli import drawing as drawn
+    from vlm_attn.kernels import masks
+
     done = call("mask", "modality-mutual", "--layout", "v2 q1", "--save", tmp_path / "mask.png")
     assert done.exit_code == 0, done.output
     drawing, key = done.stdout.split("\n\n")
@@ -408,10 +413,18 @@ def test_mask_draws_and_saves(tmp_path: Path) -> None:
     assert "# sees, . does not; v visual, q question" in key
     assert f"Written: {tmp_path / 'mask.png'}" in key
     assert call("mask", "mma", "--layout", "v2 q1").stdout == done.stdout.partition("Written")[0]  # the method's name
+    left, top, cell = drawn.where(masks.parse_layout("v2 q1")[0])
     with Image.open(tmp_path / "mask.png") as picture:
-        side = picture.width // 3
-        cells = [[picture.getpixel((x * side, y * side)) for x in range(3)] for y in range(3)]
-    assert cells == [[0, 255, 0], [0, 0, 0], [0, 0, 0]]
+        pixels = picture.convert("RGB")
+
+    def at(x: float, y: float) -> str:
+        return "#" + bytes(pixels.getpixel((int(left + (x + 0.5) * cell), int(top + (y + 0.5) * cell)))).hex()
+
+    cells = [[at(x, y) for x in range(3)] for y in range(3)]
+    assert cells == [[drawn.SEES if sign == "#" else drawn.HIDDEN for sign in row] for row in ("#.#", "###", "###")]
+    strip = -(0.5 + (4 + drawn.STRIP / 2) / cell)  # beside the cells: the colour of each token's group
+    for axis in (lambda n: at(n, strip), lambda n: at(strip, n)):
+        assert [axis(n) for n in range(3)] == [drawn.GROUPS[letter] for letter in "vvq"]
     assert "no mask 'mmma'" in error_of("mask", "mmma")
     assert "there is no folder" in error_of("mask", "mma", "--save", tmp_path / "none" / "mask.png")
     assert "layout part 'z1'" in error_of("mask", "causal", "--layout", "z1")

@@ -17,7 +17,6 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import vlm_attn
@@ -25,7 +24,7 @@ from vlm_attn import diffusion, registry
 from vlm_attn.evals import chair, pope, prompts, scenes, tasks
 from vlm_attn.evals.bench.flops import denoising_flops
 from vlm_attn.evals.bench.overhead import build_model
-from vlm_attn.evals.bench.shared import clock_on, record, summary
+from vlm_attn.evals.bench.shared import clock_on, few, progress, record, summary
 from vlm_attn.evals.models import load_model
 from vlm_attn.evals.runner import write_json
 from vlm_attn.evals.stats import difference
@@ -111,9 +110,7 @@ def speed(
                 torch.cuda.synchronize()
             return now() - begin, out
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        total = sum(times * len(group) for times, _, group in groups)
-        task = progress.add_task("speed", total=total)
+    with progress("speed", sum(times * len(group) for times, _, group in groups)) as tell:
         run(known["none"], {**one_block, "steps": 1})  # the first run of all pays for what is set up once
         for times, sizes, group in groups:
             runs: dict[str, list[float]] = {name: [] for name in group}
@@ -124,7 +121,7 @@ def speed(
                     seconds, out = run(known[name], sizes)
                     runs[name].append(seconds)
                     operations[name], forwards[name] = denoising_flops(model.config, out.work, 1), out.forwards
-                    progress.advance(task)
+                    tell(name, f"{seconds:.2f} s")
             for name in group:
                 if name in found:  # full recompute, a second time
                     continue
@@ -181,8 +178,7 @@ def quality(names: list[str], *, steps: int, length: int, limit: int, pope_limit
     names = list(dict.fromkeys(["none", *(reference(name) for name in names), *names]))
     found: dict[str, Any] = {}
     columns: dict[str, tuple[Any, Any]] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        todo = progress.add_task("quality", total=len(names) * (len(chair_task.samples) + len(pope_task.samples)))
+    with progress("quality", len(names)) as tell:
         for name in names:
             scores: dict[str, Any] = {}
             kept: dict[str, Any] = {}
@@ -190,7 +186,7 @@ def quality(names: list[str], *, steps: int, length: int, limit: int, pope_limit
                 for task, n, positions in ((chair_task, steps, length), (pope_task, SHORT, SHORT)):
                     options = {"steps": n, "gen_length": positions, "block_length": positions, **known[name][2]}
                     options |= {k: min(options[k], positions) for k in ("steps", "block_length")}
-                    runs = list(_answers(loaded, processor, task, options, lambda n: progress.advance(todo, n)))
+                    runs = list(_answers(loaded, processor, task, options))
                     records = [record for run in runs for record in run[0]]
                     work = [done for run in runs for done in run[1]]
                     tokens = [count for run in runs for count in run[2]]
@@ -215,12 +211,14 @@ def quality(names: list[str], *, steps: int, length: int, limit: int, pope_limit
                     "f1": difference([c["f1"] for c in mine[1]], [c["f1"] for c in other[1]], scale=100.0),
                 },
             }
+            named = scores["chair"]
+            tell(name, f"CHAIR_I {named['chair_i']['value']:.1f}, recall {named['recall']['value']:.1f}")
     sizes = {"scenes": limit, "scenes_asked_about": pope_limit, "questions": len(pope_task.samples)}
     return {"model": model, **sizes, "steps": steps, "gen_length": length, "variants": found}
 
 
 def _answers(
-    model: Any, processor: Any, task: Any, options: dict[str, Any], advance: Callable[[int], None]
+    model: Any, processor: Any, task: Any, options: dict[str, Any]
 ) -> Iterator[tuple[list[Any], list[Any], list[int]]]:
     """Batch by batch: records, the work of every run, tokens of every answer."""
     # Of a batch, forwards are those of its slowest row: where they differ, a caption runs alone.
@@ -241,7 +239,6 @@ def _answers(
             }
             for sample, text in zip(batch, texts, strict=True)
         ]
-        advance(len(batch))
         yield records, [out.work] * len(batch), [len(answer) for answer in out.answers]
 
 
@@ -329,6 +326,8 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
         )
         table.add_row(name, str(row["forwards"]), *cells)
     console.print(table)
+    if note := few(min(config["repeats"], config["cache_repeats"])):
+        console.print(note)
 
 
 def _print_quality(console: Console, found: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlm_attn.evals.bench.shared import clock_on, record
+from vlm_attn.evals.bench.shared import clock_on, record, summary
 from vlm_attn.evals.runner import write_json
 from vlm_attn.hallucination import Gift, Var
 from vlm_attn.kernels import (
@@ -452,19 +452,14 @@ def _row(
         ratios = [a / b for a, b in zip(seconds, times[base], strict=True)] if base in times else []
         median = statistics.median(seconds)
         figures[name] = {
-            "seconds": _spread(seconds),
-            f"ratio_to_{base.replace(' ', '_')}": _spread(ratios) if ratios else None,
+            "seconds": summary(seconds),
+            f"ratio_to_{base.replace(' ', '_')}": summary(ratios) if ratios else None,
             "bytes_per_second": size / median if size else None,
             "causal_flops_per_second": operations / median
             if operations and name.split()[-1] not in ("window", "packed")
             else None,
         }
     return {"shape": shape, "kv_bytes": size, "columns": figures, "no_figure": failures}
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
-    return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
 
 
 def cases(device: str, small: bool) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:

@@ -21,13 +21,12 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import vlm_attn
 from vlm_attn import registry
 from vlm_attn.branch import Decoding
-from vlm_attn.evals.bench.shared import Clock, clock_on, record, summary
+from vlm_attn.evals.bench.shared import Clock, clock_on, extra, few, progress, record, summary
 from vlm_attn.evals.runner import write_json
 from vlm_attn.hallucination import Gift, Icd, Var
 
@@ -191,8 +190,7 @@ def run(
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in compared}
     order = list(compared)
     shuffle = random.Random(seed)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=(repeats + 1) * len(order))
+    with progress("measuring", (repeats + 1) * len(order)) as tell:
         for repeat in range(-1, repeats):  # the first round warms up
             shuffle.shuffle(order)
             for name in order:
@@ -201,7 +199,8 @@ def run(
                 if repeat >= 0:
                     whole[name].append(took)
                     times[name] += [measured] if measured is not None else []
-                progress.advance(task)
+                token = f", {1000 * measured[1]:.1f} ms per token" if measured is not None else ""
+                tell(name, f"{took:.2f} s{token}" + " (warm-up)" * (repeat < 0))
     ratios = {}
     for name in compared:
         if name == "plain":
@@ -211,11 +210,11 @@ def run(
             continue
         prefill = [a[0] / b[0] for a, b in zip(times[name], times["plain"], strict=True)]
         decode = [a[1] / b[1] for a, b in zip(times[name], times["plain"], strict=True)]
-        extra = [(a[0] - b[0]) / b[1] for a, b in zip(times[name], times["plain"], strict=True)]
+        longer = [(a[0] - b[0]) / b[1] for a, b in zip(times[name], times["plain"], strict=True)]
         ratios[name] |= {
             "prefill": summary(prefill),
             "decode": summary(decode),
-            "prefill_extra_in_tokens": summary(extra),
+            "prefill_extra_in_tokens": summary(longer),
         }
     return record(
         "overhead",
@@ -282,7 +281,7 @@ def overhead(
     for name, ratio in result["ratios_to_plain"].items():
         cells = {k: f"{cut['median']:.3f}x [{cut['p20']:.3f}, {cut['p80']:.3f}]" for k, cut in ratio.items()}
         if "prefill_extra_in_tokens" in ratio:
-            cells["prefill_extra_in_tokens"] = f"{ratio['prefill_extra_in_tokens']['median']:.2f}"
+            cells["prefill_extra_in_tokens"] = extra(ratio["prefill_extra_in_tokens"], repeats)
         columns = ("prefill", "decode", "prefill_extra_in_tokens", "whole")
         table.add_row(name, *(cells.get(column, "") for column in columns))
     console = Console()
@@ -292,6 +291,8 @@ def overhead(
         f"median [p20, p80] of {repeats} paired runs against the plain model"
     )
     console.print(table)
+    if note := few(repeats):
+        console.print(note)
     if json_file is not None:
         write_json(json_file, result)
 

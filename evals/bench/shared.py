@@ -5,12 +5,15 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from vlm_attn.evals.models import pick_device
 
@@ -37,9 +40,48 @@ class Clock:
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median, and the 20 % and 80 % quantiles."""
-    cuts = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    """Median, and the 20 % and 80 % quantiles, which never lie outside of what was measured."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
     return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+
+
+FEW = 5  # paired runs below which their spread says little
+
+
+def few(repeats: int) -> str:
+    """A sentence for a table of few paired runs; nothing for enough."""
+    if repeats >= FEW:
+        return ""
+    runs = f"{repeats} paired run{'s' * (repeats > 1)}"
+    return f"Only {runs}: the spread says little; --repeats {FEW} or more tells what is noise."
+
+
+def extra(cut: dict[str, float], repeats: int) -> str:
+    """An additional time as text: where some paired runs were faster than the plain ones, it is within the noise."""
+    if cut["p20"] <= 0:
+        return f"within the noise of {repeats} runs"
+    return f"{cut['median']:.2f}"
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[str, str], None]]:
+    """Show how far a benchmark is, on stderr: a bar on a terminal, and a line per case with what it gave.
+
+    Yields:
+        A function of the case's name and its result; call it once per case.
+    """
+    console = Console(stderr=True)
+    done = 0
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def tell(name: str, result: str) -> None:
+            nonlocal done
+            done += 1
+            bar.advance(task)
+            console.print(f"{done}/{total} {name}: {result}", style="dim", markup=False, highlight=False)
+
+        yield tell
 
 
 def clock_on(device: str, cpu_time: bool) -> tuple[str, Callable[[], float]]:

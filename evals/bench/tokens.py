@@ -20,14 +20,13 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import vlm_attn
 from vlm_attn import dropping, host, registry, visual_token_ops
 from vlm_attn.evals.bench.flops import prefill_flops
 from vlm_attn.evals.bench.overhead import build_model
-from vlm_attn.evals.bench.shared import Clock, clock_on, record, summary
+from vlm_attn.evals.bench.shared import Clock, clock_on, few, progress, record, summary
 from vlm_attn.evals.runner import write_json
 from vlm_attn.reduction import Reducer, kept_count, scaled
 from vlm_attn.tower import Merger, descent
@@ -217,16 +216,15 @@ def run(
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
     order = list(compared)
     shuffle = random.Random(seed)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        warm = order if device.startswith("cuda") else order[:1]  # a GPU chooses kernels for every size
-        task = progress.add_task("measuring", total=repeats * len(order) + len(warm))
+    warm = order if device.startswith("cuda") else order[:1]  # a GPU chooses kernels for every size
+    with progress("measuring", repeats * len(order) + len(warm)) as tell:
         for repeat in range(-1, repeats):
             shuffle.shuffle(order)
             for name in order if repeat >= 0 else list(warm):
                 measured = time_once(model, inputs, compared[name], tokens, now)
                 if repeat >= 0:
                     runs[name].append(measured)
-                progress.advance(task)
+                tell(name, f"prompt {measured['prefill']:.2f} s" + " (warm-up)" * (repeat < 0))
 
     def flops(name: str, pictures: int = 0) -> int:
         patches = patches_per_layer(model.config, compared[name])
@@ -360,6 +358,8 @@ def tokens(
         f"peak {plain['peak_mb']:.0f} MB"
     )
     console.print(table)
+    if note := few(repeats):
+        console.print(note)
     if json_file is not None:
         write_json(json_file, result)
 

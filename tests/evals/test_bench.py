@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from vlm_attn.evals.bench import overhead
+from vlm_attn.evals.bench import overhead, shared
 
 
 def test_variants_edit_and_neutral_does_not():
@@ -146,3 +146,26 @@ def test_kernels_are_checked_before_they_are_timed(tmp_path, monkeypatch):
     wrong = json.loads((tmp_path / "kernels.json").read_text())["decode"][0]
     assert set(wrong["no_figure"]) == {"ours plain", "ours gift", "ours var"}
     assert set(wrong["columns"]) == {"sdpa", "eager"}
+
+
+def test_spreads_lie_within_what_was_measured() -> None:
+    """Quantiles of two ratios were extrapolated once, below zero."""
+    assert shared.summary([0.1, 2.0]) == {"median": 1.05, "p20": pytest.approx(0.48), "p80": pytest.approx(1.62)}
+    assert shared.summary([3.0]) == {"median": 3.0, "p20": 3.0, "p80": 3.0}
+
+
+def test_too_few_repeats_are_said() -> None:
+    assert "Only 2 paired runs" in shared.few(2)
+    assert shared.few(shared.FEW) == ""
+    assert shared.extra({"median": -0.2, "p20": -0.4, "p80": 0.1}, 3) == "within the noise of 3 runs"
+    assert shared.extra({"median": 0.9, "p20": 0.4, "p80": 1.1}, 9) == "0.90"
+
+
+def test_every_case_is_told_as_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with shared.progress("measuring", 2) as tell:
+        tell("gift [alpha]", "1.20 s")
+        assert "1/2 gift [alpha]: 1.20 s" in capsys.readouterr().err
+        tell("plain", "1.00 s")
+    captured = capsys.readouterr()
+    assert "2/2 plain: 1.00 s" in captured.err
+    assert captured.out == ""

@@ -278,15 +278,12 @@ def draw_mask(
     typer.echo(masks.drawing(mask, group, image))
     typer.echo("\n" + masks.key(mask, group))
     if save is not None:
-        from PIL import Image
-
         if not save.parent.is_dir():
             raise ValueError(f"--save {save}: there is no folder {save.parent}")
+        from vlm_attn.cli import drawing
 
         visible = masks.materialise(mask, group, image=image)[0, 0]
-        side = max(1, 512 // len(visible))  # pixels of one cell
-        cells = (~visible).byte().mul(255).repeat_interleave(side, 0).repeat_interleave(side, 1)
-        Image.fromarray(cells.numpy()).save(save, format="PNG")
+        drawing.image(mask, group, visible.tolist()).save(save, format="PNG")
         typer.echo(f"Written: {save}")
 
 
