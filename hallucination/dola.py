@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm_attn.branch import Contrast, Decoding, Run, plausible, with_processor
-from vlm_attn.method import ModelFacts, check_layers, check_range, layer_tuple
+from vlm_attn.method import ModelFacts, check_flag, check_layers, check_range, layer_tuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class Dola(Decoding):
             first half, ``"high"`` = of the second half. With tied embeddings ``"low"`` begins at 2, because layer 0 would only
             repeat the last token.
         beta: a token must be at least this share of the likeliest one's probability. Range 0..1; 0 = no cut.
+        code_parity: choose as the released code does, whose divergence has its arguments the other way round: with
+            ``m = (p + p_j) / 2``, ``(KL(m, p) + KL(m, p_j)) / 2`` in place of the paper's JSD, ``(KL(p, m) + KL(p_j, m)) / 2``.
 
     The model's head reads early states as they are, without the final norm, as the released code does. That code also uses
     ``repetition_penalty=1.2``, an option of ``generate``, which is applied before the contrast here. Deviation: the layer is
@@ -42,6 +44,7 @@ class Dola(Decoding):
 
     layers: Literal["low", "high"] | tuple[int, ...] = "low"
     beta: float = 0.1
+    code_parity: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) and self.layers not in ("low", "high"):
@@ -49,6 +52,7 @@ class Dola(Decoding):
         if not isinstance(self.layers, str):
             layer_tuple(self, "layers")
         check_range(self, "beta", 0, 1)
+        check_flag(self, "code_parity")
 
     def bind(self, facts: ModelFacts) -> Dola:
         """Check the layers against the model."""
@@ -97,12 +101,23 @@ class Dola(Decoding):
     def combine(self, main: Tensor, early: Tensor) -> Tensor:
         """Logits ``[R, V]`` and those of the candidates ``[J, R, V]`` to the contrast (equations 1 to 3)."""
         main, early = main.log_softmax(-1), early.log_softmax(-1)
-        farthest = divergence(main, early).argmax(0)
+        farthest = divergence(main, early, reverse=self.code_parity).argmax(0)
         return plausible(main - early[farthest, torch.arange(len(main), device=main.device)], main, self.beta)
 
 
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of log probabilities ``[R, V]`` and ``[J, R, V]``: ``[J, R]``."""
+def divergence(p: Tensor, q: Tensor, *, reverse: bool = False) -> Tensor:
+    """Jensen-Shannon divergence of log probabilities ``[R, V]`` and ``[J, R, V]``: ``[J, R]``.
+
+    Args:
+        p: ``[R, V]``.
+        q: ``[J, R, V]``.
+        reverse: the mean of both divergences *from* the middle instead of *to* it.
+    """
     p, q = p.exp().expand_as(q), q.exp()
-    middle = ((p + q) / 2).clamp_min(torch.finfo(p.dtype).tiny)
+    middle, tiny = (p + q) / 2, torch.finfo(p.dtype).tiny
+    if reverse:
+        return (torch.xlogy(middle, middle / p.clamp_min(tiny)) + torch.xlogy(middle, middle / q.clamp_min(tiny))).sum(
+            -1
+        ) / 2
+    middle = middle.clamp_min(tiny)
     return (torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)).sum(-1) / 2

@@ -24,6 +24,9 @@ class Guidance(Branch):
         gamma: strength; 1 = no guidance. The released README's 1.1; its caption evaluation uses 2. Range 1..20.
         beta: a token must be at least this share of the likeliest one's probability. Range 0..1; 0 = no cut.
 
+    Deviations from the released code: its second cache does not follow the beams, so with ``num_beams`` a beam may be
+    contrasted with another one's past; here it follows, and the answers differ. With ``gamma = 1`` that code returns before
+    its cut, here the cut stays: greedy and beams above it are the same, samples are not (``beta = 0`` leaves the cut out).
     Cost: a second prompt, without the image's tokens, and a second forward for every token.
     """
 

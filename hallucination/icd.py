@@ -29,7 +29,8 @@ class Icd(Contrastive):
         prefix: what is put before the question: text, which needs ``patch(processor=)``, or token ids.
 
     Formula, ``alpha`` and ``beta`` are those of the released scripts. These try five prefixes; the default here is one of them,
-    shortened. Deviation: for InstructBLIP they give the prefix to the query transformer, here the language model reads it.
+    shortened. Deviations: for LLaVA they put it in the place of the system prompt, here it stands before the question, which
+    every template has; for InstructBLIP they give it to the query transformer, here the language model reads it.
     Cost: a second prompt (its picture is encoded once) and a second forward for every token.
     """
 

@@ -15,8 +15,13 @@ from functools import cache
 from typing import Any, ClassVar, Literal
 
 from vlm_attn.call import Call
-from vlm_attn.kernels import Edit, masks
-from vlm_attn.method import Method
+from vlm_attn.kernels import Edit, Group, masks
+from vlm_attn.method import Method, check_choice
+
+# Text before an image is earlier than its rows, so that seeing all text of the prompt is seeing what comes after it.
+AS_RELEASED = masks.Mask(
+    (masks.causal | masks.pairs([Group.VISUAL], masks.TEXT)).clauses, "modality-mutual of the released span"
+)
 
 
 @cache
@@ -57,13 +62,26 @@ class Mma(_PromptMask):
     Image-image stays causal, the text before the image sees no later token. Trained with the mask, the paper reports
     POPE 82.7 against 79.8 of its causal twin (4B, same data).
 
-    Deviations from the released code: batches, padding and several images work; the question ends before the template's
-    tail (the code lets the assistant marker in, an off-by-one of its placeholder).
+    Attributes:
+        span: what counts as the question: ``"question"``, the user's words; ``"released"``, all text from the image on with
+            the template's tail, since the released span runs from the image's end through the assistant marker.
+
+    Deviations from the released code: batches, padding and several images work.
     """
 
     name: ClassVar[str] = "mma"
     paper: ClassVar[str] = "AKI, arXiv 2503.02597"
     visible: ClassVar[masks.Mask] = masks.modality_mutual
+
+    span: Literal["question", "released"] = "question"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "span", ("question", "released"))
+
+    @property
+    def mask(self) -> masks.Mask:
+        """The mask of the prompt."""
+        return self.visible if self.span == "question" else AS_RELEASED
 
 
 @dataclass(frozen=True, kw_only=True)

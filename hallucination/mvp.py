@@ -42,7 +42,9 @@ class Mvp(Decoding):
         least: a first token that is no answer is followed from this probability on. Range 0..1.
         weights: of the three views.
         temperature: at which captions are sampled. Range (0, 10].
-        max_tokens: of a caption and of a path.
+        max_tokens: of a path. Range 1..10000.
+        caption_tokens: of a caption. Range 1..10000.
+        top_p: captions are sampled from the likeliest tokens that make up this much probability. Range (0, 1].
         seed: of the captions.
 
     Needs ``patch(processor=)`` and an end token. ``generate`` returns the answer and ends; with sampling it draws among the
@@ -60,6 +62,8 @@ class Mvp(Decoding):
     weights: tuple[float, float, float] = (0.4, 0.4, 0.2)
     temperature: float = 0.7
     max_tokens: int = 50
+    caption_tokens: int = 512
+    top_p: float = 0.95
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +77,8 @@ class Mvp(Decoding):
         check_range(self, "least", 0, 1)
         check_range(self, "temperature", 0, 10, open_low=True)
         check_range(self, "max_tokens", 1, 10000)
+        check_range(self, "caption_tokens", 1, 10000)
+        check_range(self, "top_p", 0, 1, open_low=True)
 
     def start(self, call: Call, processor: Any) -> None:
         """Tokenise the answers."""
@@ -119,8 +125,8 @@ class Mvp(Decoding):
         torch.manual_seed(self.seed)
         total = torch.zeros(len(self.answers))
         for view, weight in zip(VIEWS, self.weights, strict=True):
-            sampled = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-            caption, _ = ask(view, max_new_tokens=self.max_tokens, **sampled)
+            sampled = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": self.top_p}
+            caption, _ = ask(view, max_new_tokens=self.caption_tokens, **sampled)
             words = tokenizer.decode(caption, skip_special_tokens=True)
             text = f"Here is the caption of the image: {words} Question: {question}"
             likely, first = ask(text, max_new_tokens=1)[1][0].softmax(-1).topk(self.paths)

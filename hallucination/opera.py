@@ -41,9 +41,13 @@ class Opera(Decoding):
             to what leans on it. Range 0..10000.
         threshold: steps that may lean on one column; with more, the search goes back to the token behind it. Range 1..10000.
 
-    Deviations: the best beam, by the tokens it chose, decides on going back, and its token is given up (the released code asks
-    all beams, by most of their candidates); once a place has been gone back to ``candidates`` times, the search goes on from
-    where it is; rows of a batch are searched one by one. Cost: ``candidates`` forwards per beam and token.
+    Deviations: penalties are float32. The released code computes column products in float16, where they overflow to
+    infinity or vanish: its penalty is a ban or nothing, ours grows with the product. The best beam, by the tokens it chose,
+    decides on going back, and its token is given up (the released code asks all beams, by most of their candidates); once a
+    place has been gone back to ``candidates`` times, the search goes on from where it is; rows of a batch are searched one
+    by one. With ``output_scores`` and ``output_logits`` row r of step t is what the t-th token of answer r was chosen by,
+    along its own beam: log probabilities of the candidates, -inf for the others; and the model's logits before it. Cost:
+    ``candidates`` forwards per beam and token.
     """
 
     name: ClassVar[str] = "opera"
@@ -72,6 +76,10 @@ class Opera(Decoding):
         for name in ("do_sample", "prompt_lookup_num_tokens", "streamer"):
             if run.options.get(name):
                 raise NotImplementedError(f"opera is a beam search: leave out {name}=")
+        if run.option("output_hidden_states"):
+            raise NotImplementedError(
+                "opera runs candidates side by side and goes back: leave out output_hidden_states="
+            )
 
     @contextmanager
     def decoding(self, run: Run) -> Iterator[dict[str, Any]]:
@@ -94,7 +102,7 @@ class Opera(Decoding):
     ) -> Any:
         """The host's decoding function: ``[B * beams, L]`` ids to sequences."""
         beams, wanted = generation_config.num_beams, generation_config.num_return_sequences
-        found: list[tuple[float, Tensor]] = []
+        found: list[Answer] = []
         for row in range(run.call.prompt.batch):
             ids = input_ids[row * beams : row * beams + 1]
             search = Search(self, run, row, ids, beams, generation_config, logits_processor, stopping_criteria)
@@ -102,13 +110,24 @@ class Opera(Decoding):
         pad = generation_config.pad_token_id
         if pad is None:
             pad = int(torch.as_tensor(generation_config.eos_token_id or 0).flatten()[0])
-        answers = torch.nn.utils.rnn.pad_sequence([tokens for _, tokens in found], batch_first=True, padding_value=pad)
+        answers = torch.nn.utils.rnn.pad_sequence(
+            [answer.tokens for answer in found], batch_first=True, padding_value=pad
+        )
         prompts = input_ids[::beams].repeat_interleave(wanted, 0)
         sequences = torch.cat([prompts, answers.to(prompts)], 1)
         if not generation_config.return_dict_in_generate:
             return sequences
-        scores = torch.tensor([score for score, _ in found], device=sequences.device)
-        return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)  # type: ignore[arg-type]
+        said: dict[str, Any] = {}
+        for number, name in enumerate(("logits", "scores")):
+            if getattr(generation_config, f"output_{name}"):
+                after = torch.full_like(found[0].said[0][number], -torch.inf).index_fill(
+                    0, answers.new_tensor(pad), 0.0
+                )
+                rows = [[step[number] for step in answer.said] for answer in found]
+                rows = [row + [after] * (answers.shape[1] - len(row)) for row in rows]
+                said[name] = tuple(torch.stack(step) for step in zip(*rows, strict=True))
+        scores = torch.tensor([answer.score for answer in found], device=sequences.device)
+        return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores, **said)  # type: ignore[arg-type]
 
     def penalty(self, trust: Tensor, image: Tensor, length: int) -> Tensor:
         """``[n]`` highest log column products, ``[n]`` attention on the image, to what is taken off each candidate's logit."""
@@ -124,6 +143,25 @@ class Opera(Decoding):
         return column + 1 if times > self.threshold and column >= self.warmup else None
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An answer.
+
+    Attributes:
+        score: by length.
+        tokens: ``[n]``.
+        said: per token the logits before it and the candidates' log probabilities, ``[V]`` each.
+    """
+
+    score: float
+    tokens: Tensor
+    said: list[tuple[Tensor, Tensor]]
+
+
+# What a beam's newest token was chosen by, and the same of the tokens before it.
+Said = tuple[Any, Tensor, Tensor] | None
+
+
 @dataclass
 class Beams:
     """Running beams after ``n`` tokens.
@@ -133,14 +171,16 @@ class Beams:
         score: ``[W]`` sum of log probabilities.
         product: ``[W, n]`` log of every column's product ``prod_t scale * w[t, c]``.
         columns: ``[W, n]`` the highest column at every step, -1 during the warm-up.
-        ended: answers that have ended: score by length, tokens.
+        said: per beam, what its tokens were chosen by.
+        ended: answers that have ended.
     """
 
     tokens: Tensor
     score: Tensor
     product: Tensor
     columns: Tensor
-    ended: list[tuple[float, Tensor]] = field(default_factory=list)
+    said: list[Said]
+    ended: list[Answer] = field(default_factory=list)
 
 
 class Search:
@@ -167,12 +207,12 @@ class Search:
         self.back: defaultdict[int, list[int]] = defaultdict(list)  # place -> tokens that were given up there
         self.times: Counter[int] = Counter()  # place -> how often it was gone back to
 
-    def run(self) -> list[tuple[float, Tensor]]:
-        """Answers, best first: score by length, tokens ``[n]``."""
+    def run(self) -> list[Answer]:
+        """Answers, best first."""
         device, count = self.ids.device, self.beams
         empty = torch.empty(count, 0, device=device)
         score = torch.tensor([0.0] + [-1e9] * (count - 1), device=device)
-        state = Beams(empty.long(), score, empty, empty.long())
+        state = Beams(empty.long(), score, empty, empty.long(), [None] * count)
         history: list[Beams] = []
         logits = self.ahead(state.tokens)[0]
         while True:
@@ -180,9 +220,10 @@ class Search:
             history[n:] = [state]
             state, logits, over = self.step(state, logits)
             if over:
-                running = zip((state.score / self.length(n + 1)).tolist(), state.tokens, strict=True)
+                by_length = (state.score / self.length(n + 1)).tolist()
+                running = map(Answer, by_length, state.tokens, map(unrolled, state.said))
                 ended = state.ended + ([] if len(state.ended) >= count else list(running))
-                return sorted(ended, key=lambda item: -item[0])
+                return sorted(ended, key=lambda answer: -answer.score)
             place = self.method.place_behind(state.columns[0].tolist())
             if place is not None and self.times[place] < self.method.candidates:
                 self.times[place] += 1
@@ -222,25 +263,41 @@ class Search:
         product = column_products(state.product.repeat_interleave(each, 0), attention[:, -n - 1 :], self.method.scale)
         trust, column = product.max(-1)
         penalty = self.method.penalty(trust, image, n + 1).view(count, each)
-        score = ((value - penalty).log_softmax(-1) + state.score[:, None]).flatten()
+        value = (value - penalty).log_softmax(-1)
+        said: list[Said] = [None] * count
+        if self.config.output_scores or self.config.output_logits:  # else a vocabulary per token is too much to keep
+            said = list(
+                zip(state.said, logits, torch.full_like(log_p, -torch.inf).scatter(1, candidate, value), strict=True)
+            )
+        score = (value + state.score[:, None]).flatten()
 
         score, kept = score.topk(2 * count)
         stops = self.criteria(torch.cat([self.ids.expand(2 * count, -1), tokens[kept]], 1), None)
         ended = [*state.ended]
         ended += [
-            (float(score[i]) / self.length(n + 1), tokens[kept[i]])
+            Answer(float(score[i]) / self.length(n + 1), tokens[kept[i]], unrolled(said[int(kept[i]) // each]))
             for i in range(count)
             if stops[i] and score[i] > -1e8
         ]
-        ended = sorted(ended, key=lambda item: -item[0])[:count]
+        ended = sorted(ended, key=lambda answer: -answer.score)[:count]
         best = (score - 1e9 * stops).topk(count).indices
         rows = kept[best]
         column = column if n + 1 > self.method.warmup else torch.full_like(column, -1)
         columns = torch.cat([state.columns.repeat_interleave(each, 0), column[:, None]], 1)
-        new = Beams(tokens[rows], score[best], product[rows], columns[rows], ended)
-        hopeless = len(ended) == count and float(new.score[0]) / self.length(n + 1) <= ended[-1][0]
+        parents = [said[row // each] for row in rows.tolist()]
+        new = Beams(tokens[rows], score[best], product[rows], columns[rows], parents, ended)
+        hopeless = len(ended) == count and float(new.score[0]) / self.length(n + 1) <= ended[-1].score
         early = len(ended) == count and self.config.early_stopping is True
         return new, after[rows], bool(stops.all()) or hopeless or early
+
+
+def unrolled(said: Said) -> list[tuple[Tensor, Tensor]]:
+    """What a beam's tokens were chosen by, the first token's first."""
+    steps = []
+    while said is not None:
+        said, logits, scores = said
+        steps.append((logits, scores))
+    return steps[::-1]
 
 
 def column_products(product: Tensor, attention: Tensor, scale: float) -> Tensor:

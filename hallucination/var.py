@@ -53,7 +53,8 @@ class Var(Method):
         visual_floor: ... and where it gives the image at least this much in all. Range 0..1.
         code_parity: do what the released code does instead of the paper: ``p`` is the share that *stays*, ``rho``
             bounds the sinks' share from above, ``> tau``, layers 0 and 1 untouched, the last layer edited (its exclusion
-            never takes effect, as we read it), a layer without a visual sink left alone.
+            never takes effect), a layer without a visual sink left alone. Not imitated, but published numbers hang on it: its
+            sinks are those of the first question of a run, since the table that holds them is never reset.
         layers: layers to edit; empty = all but the last (with ``code_parity``: all but the first two).
         cosine: of the direction detector. Range 0..1.
 

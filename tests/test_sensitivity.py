@@ -36,7 +36,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]]
         {"alpha": 3.0, "beta": 0.5, "keep": 0.3, "layers": (0,), "clip": "CLIP"},
         {"alpha": 0.0, "beta": 0.0},
     ),
-    "dola": ({"beta": 0.0}, {"layers": "high", "beta": 0.5}, None),
+    "dola": ({"beta": 0.0, "layers": (0, 1, 2, 3)}, {"layers": "high", "beta": 0.5, "code_parity": True}, None),
     "duo": (
         {"gates": ((0.9, 0.1), (0.2, 0.8), (0.7, 0.3), (0.4, 0.6)), "sink": 1, "recent": 4},
         {"gates": ((0.1, 0.9), (0.8, 0.2), (0.3, 0.7), (0.6, 0.4)), "sparsity": 0.75, "sink": 6, "recent": 12},
@@ -103,7 +103,8 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]]
         {"alpha": 0.0, "beta": 0.0},
     ),
     "vhr": ({"layers": (1, 2, 3)}, {"alpha": 1.5, "layers": (1,), "drop_outliers": False, "rows": "last"}, {"alpha": 1.0}),
-    **{name: ({}, {}, None) for name in ("mma", "bidirectional", "croc", "vision_block", "prefix_lm")},
+    "mma": ({}, {"span": "released"}, None),
+    **{name: ({}, {}, None) for name in ("bidirectional", "croc", "vision_block", "prefix_lm")},
 }  # fmt: skip
 # The same for reducers; all of them have ``keep`` and ``mode``.
 REDUCERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

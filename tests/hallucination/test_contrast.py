@@ -213,10 +213,18 @@ class TestParameters:
         assert method.noisy(picture.half()).dtype == torch.float16
 
     def test_closed_forms(self) -> None:
-        """(1 + 1) (ln 4, ln 2, 0) - (ln 2, ln 2, ln 2): 8, 2 and 1/2 to one; the cut at half of the first takes the last."""
+        """1.5 (ln 4, ln 2, 0) - .5 (ln 9, 0, ln 4): 8/3, 2^1.5 and 1/2 to one. The cut is by the first stream: at .3 it takes
+        the last token, though the second is the largest of the contrast."""
+        main, second = torch.tensor([[4.0, 2.0, 1.0]]).log(), torch.tensor([[9.0, 1.0, 4.0]]).log()
+        wanted = torch.tensor([[8 / 3, 2**1.5, 0.5]])
+        for method in (Vcd, Icd):
+            close(method(alpha=0.5, beta=0.0).combine(main, second).exp(), wanted, 1e-6)
+            close(
+                method(alpha=0.5, beta=0.3).combine(main, second).exp(), wanted * torch.tensor([[1.0, 1.0, 0.0]]), 1e-6
+            )
+            assert method(alpha=0.5, beta=0.2).combine(main, second).isfinite().all()
+            assert method(alpha=0.5, beta=0.6).combine(main, second).isfinite().tolist() == [[True, False, False]]
         main, second = torch.tensor([[4.0, 2.0, 1.0]]).log(), torch.tensor([[2.0, 2.0, 2.0]]).log()
-        close(Vcd(alpha=1.0, beta=0.0).combine(main, second).exp(), torch.tensor([[8.0, 2.0, 0.5]]), 1e-6)
-        close(Icd(alpha=1.0, beta=0.5).combine(main, second).exp(), torch.tensor([[8.0, 2.0, 0.0]]), 1e-6)
         # log-softmax: 4/7 and 1/3. gamma 2: (4/7)^2 * 3 ...
         wanted = torch.tensor([[(p / 7) ** 2 * 3 for p in (4, 2, 1)]])
         close(Guidance(gamma=2.0, beta=0.0).combine(main, second).exp(), wanted, 1e-6)

@@ -118,6 +118,27 @@ class TestParts:
         assert got[0, :2].exp().tolist() == pytest.approx([5.0, 4.0])
         assert got[0, 2] == -torch.inf
 
+    def test_as_released(self) -> None:
+        """KL(m, p) + KL(m, q) in place of KL(p, m) + KL(q, m), on two layers that the rules rank differently."""
+        p = np.array([0.6, 0.2, 0.1, 0.1])
+        early = np.array([[0.2, 0.49, 0.17, 0.14], [0.69, 0.01, 0.22, 0.08]])
+
+        def kl(a: np.ndarray, b: np.ndarray) -> float:
+            return float(sum(x * np.log(x / y) for x, y in zip(a, b, strict=True)))
+
+        paper = [(kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2 for q in early]
+        released = [(kl((p + q) / 2, p) + kl((p + q) / 2, q)) / 2 for q in early]
+        assert paper[0] > paper[1]
+        assert released[0] < released[1]
+        main, layers = torch.tensor(p).log()[None], torch.tensor(early).log()[:, None]
+        assert divergence(main, layers)[:, 0].tolist() == pytest.approx(paper)
+        assert divergence(main, layers, reverse=True)[:, 0].tolist() == pytest.approx(released)
+        for parity, chosen in ((False, 0), (True, 1)):
+            got = Dola(beta=0.0, code_parity=parity).combine(main, layers)[0]
+            assert got.tolist() == pytest.approx(np.log(p / early[chosen]).tolist())
+        with pytest.raises(TypeError, match="code_parity"):
+            Dola(code_parity=1)  # type: ignore[arg-type]
+
     @pytest.mark.parametrize(("layers", "wanted"), [("low", [0]), ("high", [2]), ((3, 1), [3, 1])])
     def test_candidates(self, layers: Any, wanted: list[int]) -> None:
         from vlm_attn.branch import Run

@@ -127,14 +127,15 @@ class TestSteps:
         close(saliency_map([one, two], words, visual, heads=0.5, clip_sigma=3.0), torch.tensor([[0, 1.0, 0]]), 1e-6)
 
     def test_clip(self) -> None:
-        """Eight zeros, .5 and 1: mean .15, unbiased deviation .337; at one sigma both large ones are clipped to .487."""
+        """Eight zeros, .3 and 1: mean .13, sum of squares .921, so an unbiased deviation of .31989 (biased: .30348). At one
+        sigma the largest alone is clipped, to .44989, and .3 is scaled by what it was clipped to; at three none is."""
         shifts = torch.zeros(1, 1, 1, 10)
-        shifts[..., 8], shifts[..., 9] = 0.5, 1.0
+        shifts[..., 8], shifts[..., 9] = 0.3, 1.0
         words, visual = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 10, dtype=torch.bool)
         wide = saliency_map([shifts], words, visual, heads=1.0, clip_sigma=3.0)
-        close(wide, torch.tensor([[0.0] * 8 + [0.5, 1.0]]), 1e-6)
+        close(wide, torch.tensor([[0.0] * 8 + [0.3, 1.0]]), 1e-6)
         narrow = saliency_map([shifts], words, visual, heads=1.0, clip_sigma=1.0)
-        close(narrow, torch.tensor([[0.0] * 8 + [1.0, 1.0]]), 1e-6)
+        close(narrow, torch.tensor([[0.0] * 8 + [0.3 / (0.13 + math.sqrt(0.921 / 9)), 1.0]]), 1e-6)
 
     @pytest.mark.parametrize("value", [0.0, 0.25])
     def test_constant_map_is_all_zeros(self, value: float) -> None:

@@ -15,7 +15,9 @@ import vlm_attn
 from tests import tiny
 from tests.helpers import alone, close, differ, generate, logits, same
 from vlm_attn import host
-from vlm_attn.hallucination import Gift, Var, masks
+from vlm_attn.hallucination import Gift, Mma, Var, masks
+from vlm_attn.kernels import Group
+from vlm_attn.kernels.masks import materialise
 from vlm_attn.patching import engine_of
 from vlm_attn.visual_token_ops import FastV
 
@@ -144,6 +146,37 @@ def test_the_question_given_by_span() -> None:
             close(logits(model, x), whole)
         with vlm_attn.spans(model, query=[(length - 7, length - 3)]):
             differ(logits(model, x), whole)
+
+
+def test_the_released_span() -> None:
+    """All text from the image on, with what stands between image and question and the template's tail; nothing else differs."""
+    model, inputs = built("llava")
+    x = inputs(PROMPTS[:1])
+    length = x["input_ids"].shape[1]
+
+    def seen(start: int, stop: int, **settings: Any) -> Tensor:
+        with vlm_attn.patched(model, "mma", **settings), vlm_attn.spans(model, query=[(length - start, length - stop)]):
+            return logits(model, x)
+
+    everything = seen(7, 0)
+    differ(seen(5, 2), everything)
+    close(seen(5, 2, span="released"), everything)
+    with pytest.raises(ValueError, match='span=.answer. is neither "question" nor "released"'):
+        Mma(span="answer")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_every_pair_of_mma(released: bool) -> None:
+    """Padding, system, two image tokens, a newline, two words, the tail, an answer: what is seen beyond the causal pairs."""
+    group = torch.tensor([[5, 0, 1, 1, 0, 2, 2, 3, 4]])
+    assert [Group(g).name for g in group[0].tolist()] == [
+        "PAD", "SYSTEM", "VISUAL", "VISUAL", "SYSTEM", "QUERY", "QUERY", "ROLE", "GENERATED"
+    ]  # fmt: skip
+    seen = materialise(Mma(span="released" if released else "question").mask, group)[0]
+    seen = seen.view(9, 9)
+    extra = {(i, j) for i in range(1, 9) for j in range(1, 9) if bool(seen[i, j]) and j > i}
+    assert extra == {(i, j) for i in (2, 3) for j in ((4, 5, 6, 7) if released else (5, 6))}
+    assert all(bool(seen[i, j]) for i in range(1, 9) for j in range(1, i + 1))
 
 
 def test_chunks_are_refused() -> None:

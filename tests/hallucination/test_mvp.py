@@ -17,7 +17,13 @@ from vlm_attn.hallucination import Gift, Mvp
 from vlm_attn.hallucination.mvp import VIEWS, certainty
 from vlm_attn.patching import engine_of
 
-SETTINGS: dict[str, Any] = {"answers": ("red", "blue"), "paths": 6, "max_tokens": 5, "temperature": 1.5}
+SETTINGS: dict[str, Any] = {
+    "answers": ("red", "blue"),
+    "paths": 6,
+    "max_tokens": 5,
+    "caption_tokens": 7,
+    "temperature": 1.5,
+}
 
 
 @cache
@@ -52,7 +58,12 @@ def scores_of(x: Inputs, **changes: Any) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(
-    x: Inputs, weights: tuple[float, ...] = (0.4, 0.4, 0.2), paths: int = 6, least: float = 0.001
+    x: Inputs,
+    weights: tuple[float, ...] = (0.4, 0.4, 0.2),
+    paths: int = 6,
+    least: float = 0.001,
+    top_p: float = 0.95,
+    caption_tokens: int = 7,
 ) -> dict[str, float]:
     """One prompt, in plain forwards without a cache. Captions come from the host's sampling."""
     model, own = built()
@@ -76,7 +87,7 @@ def by_hand(
         tokens = torch.tensor([prompt(view)])
         drawn = model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=x["pixel_values"],
-            do_sample=True, temperature=1.5, top_k=0, max_new_tokens=5,
+            do_sample=True, temperature=1.5, top_k=0, top_p=top_p, max_new_tokens=caption_tokens,
         )  # fmt: skip
         caption = own.tokenizer.decode(drawn[0, tokens.shape[1] :], skip_special_tokens=True)
         begin = prompt(f"Here is the caption of the image: {caption} Question: {question}")
@@ -97,7 +108,14 @@ QUESTION = "what colour is the cup ?"
 
 class TestAgainstPlainForwards:
     @pytest.mark.parametrize(
-        "changes", [{}, {"weights": (0.0, 1.0, 0.5)}, {"paths": 40}, {"paths": 40, "least": 0.01}], ids=str
+        "changes",
+        [
+            {},
+            {"weights": (0.0, 1.0, 0.5)},
+            {"paths": 40, "top_p": 0.3},
+            {"paths": 40, "least": 0.01, "caption_tokens": 2},
+        ],
+        ids=str,
     )
     def test_scores(self, changes: dict[str, Any]) -> None:
         x = asked(QUESTION)
@@ -131,7 +149,7 @@ class TestParts:
         "change",
         [
             {"paths": 3}, {"least": 0.9}, {"weights": (1, 0, 0)}, {"temperature": 0.2}, {"max_tokens": 1}, {"seed": 4},
-            {"answers": ("dog", "blue")},
+            {"answers": ("dog", "blue")}, {"top_p": 0.3}, {"caption_tokens": 2},
         ],
         ids=str,
     )  # fmt: skip
@@ -190,6 +208,8 @@ class TestParts:
             ({"answers": ("Yes",)}, "answers"),
             ({"weights": (1, 1)}, "weights"),
             ({"paths": 0}, "paths=0"),
+            ({"top_p": 0.0}, "top_p=0"),
+            ({"caption_tokens": 0}, "caption_tokens=0"),
         ):
             with pytest.raises(ValueError, match=words):
                 Mvp(**wrong)

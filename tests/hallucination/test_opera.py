@@ -120,6 +120,36 @@ class TestAgainstPlainForwards:
         assert out.sequences[:, -NEW:].tolist() == [answer for _, answer in wanted]
         close(out.sequences_scores, torch.tensor([score for score, _ in wanted]), 1e-4)
 
+    def test_scores_and_logits(self, name: str) -> None:
+        """Along every answer: the model's logits, and of the candidates' log probabilities the answer's score is the mean."""
+        model, inputs = built(name)
+        x = inputs([[3, "image", 7]], seed=3)
+        settings = {"warmup": 0, "factor": 1e-2, "threshold": 1, "scale": 30.0}
+        plain = by_hand(model, x, **settings)[0][0][1]
+        end = next(
+            end
+            for end in plain[1:7]
+            if len({len(answer) for _, answer in by_hand(model, x, end=end, **settings)[0]}) > 1
+        )
+        with vlm_attn.patched(model, Opera(candidates=4, **settings)):
+            out = run(model, x, num_return_sequences=3, output_logits=True, eos_token_id=end, pad_token_id=tiny.PAD)
+        new = out.sequences[:, x["input_ids"].shape[1] :]
+        lengths = (new != tiny.PAD).sum(1)
+        assert len(out.scores) == len(out.logits) == new.shape[1] == int(lengths.max())
+        scores, said = torch.stack(out.scores, 1), torch.stack(out.logits, 1)
+        close(scores.gather(2, new[..., None]).sum((1, 2)) / lengths, out.sequences_scores, 1e-4)
+        for row, tokens in enumerate(new):
+            count = int(lengths[row])
+            assert (scores[row, :count].isfinite().sum(-1) == 4).all()
+            full = {**x, "input_ids": torch.cat([x["input_ids"], tokens[None, :count]], 1)}
+            full["attention_mask"] = torch.ones_like(full["input_ids"])
+            if "mm_token_type_ids" in x:
+                full["mm_token_type_ids"] = (full["input_ids"] == tiny.IMAGE).int()
+            with torch.no_grad():
+                close(said[row, :count], model(**full).logits[0, -count - 1 : -1], 1e-4)
+            assert (scores[row, count:].argmax(-1) == tiny.PAD).all()
+        assert len(set(lengths.tolist())) > 1
+
     def test_end_token(self, name: str) -> None:
         model, inputs = built(name)
         x = inputs([[3, "image", 7]], seed=3)
@@ -208,6 +238,8 @@ class TestParts:
         with vlm_attn.patched(model, "opera"):
             with pytest.raises(NotImplementedError, match="leave out do_sample="):
                 model.generate(**x, do_sample=True)
+            with pytest.raises(NotImplementedError, match="leave out output_hidden_states="):
+                model.generate(**x, output_hidden_states=True, return_dict_in_generate=True)
             with pytest.raises(NotImplementedError, match="call model.generate"):
                 model(**x)
         for wrong in ({"beams": 1}, {"candidates": 1}, {"threshold": 0}, {"scale": 0}):
