@@ -7,7 +7,7 @@ straight to the implementation the model had.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from vlm_attn.kernels import attention_rows, edited_attention
 if TYPE_CHECKING:
     from vlm_attn.call import Call
     from vlm_attn.engine import Engine, Tap
+    from vlm_attn.paired import Pairing
     from vlm_attn.sharding import Heads
 
 TAG = "_vlm_attn"
@@ -93,6 +94,8 @@ def vlm_attention(
     if dropout:
         raise NotImplementedError("vlm_attn edits attention at inference only: call model.eval()")
     layer = _Layer(tag, call, module, query, key, value, attention_mask, scale, kwargs.get("softcap"), options)
+    if tag.engine.paired:
+        return layer.paired(tag.engine.pairing), None
     layer.draw_mask()
     layer.choose()
     return (layer.edited(), None) if call.mode == "edited" else layer.prompt()
@@ -205,6 +208,23 @@ class _Layer:
             wanted = nn.functional.pad(call.open, (front, 0), value=True)[:, None, :, None]
             out = out.where(wanted, self.plain()[0].transpose(1, 2))
         return self.scaled(out.transpose(1, 2).contiguous())
+
+    def paired(self, pairing: Pairing) -> Tensor:
+        """``[2R, Q, H, D]`` of two streams: the first edited, the second plain."""
+        engine, number = self.tag.engine, self.tag.layer
+        edits = engine.edits(self.call, number, self.query.device)
+        if not edits and engine.head_scale(self.call, number) is None:
+            return self.plain()[0]
+        rows, pad = pairing.rows, pairing.pad
+
+        def part(of: slice, first: int) -> _Layer:
+            mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[of]
+            mask = mask if mask is None else mask[..., first : self.key.shape[2]]
+            return replace(
+                self, query=self.query[of], key=self.key[of, :, first:], value=self.value[of, :, first:], mask=mask
+            )
+
+        return torch.cat([part(slice(rows), pad).edited(), part(slice(rows, None), 0).plain()[0]])
 
     def prompt(self) -> tuple[Tensor, Tensor | None]:
         """``[B, Q, H, D]`` of prompt rows, those of the text edited where a method wants it, and the host's maps."""

@@ -24,6 +24,7 @@ from vlm_attn.call import Call
 from vlm_attn.families import image_marker_ids
 from vlm_attn.kernels.masks import Mask, materialise
 from vlm_attn.method import Method, check_range
+from vlm_attn.paired import Pairing
 
 if TYPE_CHECKING:
     from vlm_attn.engine import Engine, Tap
@@ -123,10 +124,12 @@ class Branch(Decoding):
     Class attributes:
         same_image: both streams see the same pictures, so they are encoded once.
         after_prompt: :meth:`second` needs what was read while the prompt ran, and is called after it.
+        paired: the second stream shares the forwards of the first while decoding, where that can work (``vlm_attn.paired``).
     """
 
     same_image: ClassVar[bool] = False
     after_prompt: ClassVar[bool] = False
+    paired: ClassVar[bool] = True
 
     def second(self, run: Run) -> dict[str, Tensor]:
         """Inputs of the second stream: ``input_ids`` and ``attention_mask`` ``[B, P2]``, padded on the left, and its pictures.
@@ -144,10 +147,12 @@ class Branch(Decoding):
     def decoding(self, run: Run) -> Iterator[dict[str, Any]]:
         """Add the contrast to the logits processors."""
         self.refuse(run)
-        stream = cache(lambda: Stream(run.engine, run.model, self.second(run)))
+        # Prompt lookup asks about candidates that no forward has read yet.
+        shares = self.paired and run.option("prompt_lookup_num_tokens") is None
+        stream = cache(lambda: Stream(run.engine, run.model, self.second(run), paired=shares))
         if not self.after_prompt:
             stream()
-        with encoded_once(run.model) if self.same_image else nullcontext():
+        with encoded_once(run.model) if self.same_image else nullcontext(), paired(run.engine):
             yield with_processor(run, Contrast(lambda ids, scores: self.combine(scores, stream().logits(ids))))
 
 
@@ -208,6 +213,17 @@ def with_processor(run: Run, processor: LogitsProcessor) -> dict[str, Any]:
     return {"logits_processor": LogitsProcessorList([*(run.options.get("logits_processor") or []), processor])}
 
 
+@contextmanager
+def paired(engine: Engine) -> Iterator[None]:
+    """A ``generate`` whose second stream may share its forwards; afterwards its cache holds the first stream only."""
+    try:
+        yield
+    finally:
+        if engine.pairing is not None:
+            engine.pairing.end()
+            engine.pairing = None
+
+
 class Stream:
     """A second forward beside ``generate``: inputs, cache and positions of its own, attention unedited.
 
@@ -219,10 +235,19 @@ class Stream:
         model: the model.
         inputs: inputs of the prompt, as :meth:`Branch.second` gives them.
         tap: see :meth:`~vlm_attn.engine.Engine.aside`.
+        paired: whether it may share the forwards of the first stream while that decodes (see ``vlm_attn.paired``).
     """
 
-    def __init__(self, engine: Engine, model: Any, inputs: Mapping[str, Tensor], tap: Tap | None = None) -> None:
-        self.engine, self.model, self.tap = engine, model, tap
+    def __init__(
+        self,
+        engine: Engine,
+        model: Any,
+        inputs: Mapping[str, Tensor],
+        tap: Tap | None = None,
+        *,
+        paired: bool = False,
+    ) -> None:
+        self.engine, self.model, self.tap, self.paired = engine, model, tap, paired
         self.inputs = {name: value.to(model.device) for name, value in inputs.items()}
         self.mask = self.inputs["attention_mask"]
         self.cache = host.new_cache(engine.text_config)
@@ -238,6 +263,8 @@ class Stream:
             self._start(input_ids)
         assert self.first is not None
         decoded = input_ids[:, self.prompt :]
+        if self.engine.pairing is not None and self.engine.pairing.cache is not None:
+            return self.engine.pairing.logits(decoded)
         self._follow(decoded)
         known, total = self.read.shape[1], decoded.shape[1]
         if not total:
@@ -256,6 +283,8 @@ class Stream:
         self.last = positions[..., -1:].repeat_interleave(times, -2)
         self.cache.batch_repeat_interleave(times)
         self.inputs = {}
+        if self.paired:
+            self.engine.pairing = Pairing(self)
 
     def _follow(self, decoded: Tensor) -> None:
         """Put the cache's rows in the order of ``decoded`` ``[R, m]`` and forget what is not in it."""

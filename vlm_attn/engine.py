@@ -29,6 +29,7 @@ from vlm_attn.kernels import Edit, ScoreEdit, merged, triton_first
 from vlm_attn.kernels.masks import Mask
 from vlm_attn.layout import Span, build_layout, check_span, is_span, padding, per_row, runs, visual_columns
 from vlm_attn.method import Method
+from vlm_attn.paired import Pairing
 from vlm_attn.reduction import KeptImage, Reducer
 from vlm_attn.sharding import Heads
 from vlm_attn.tower import on_tokens
@@ -70,6 +71,7 @@ class Engine:
         self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends
         self.tap: Tap | None = None  # stands behind every layer's attention in a stream beside the call
         self.call: Call | None = None
+        self.pairing: Pairing | None = None  # a second stream that shares the forwards of generate
         self.spans: dict[str, Any] | None = None
         self.undo: list[Any] = []
         self.handles: list[Any] = []
@@ -86,6 +88,7 @@ class Engine:
             "call": None,
             "watch": None,
             "tap": None,
+            "pairing": None,
             "spans": None,
             "_pending": None,
             "_aside": None,
@@ -128,6 +131,11 @@ class Engine:
     def reduces(self) -> bool:
         """Whether visual tokens are taken away."""
         return any(isinstance(m, Reducer) for m in self.active)
+
+    @property
+    def paired(self) -> bool:
+        """Whether a forward runs that a second stream shares."""
+        return self.pairing is not None and self.pairing.running
 
     def chooser(self, call: Call) -> heads.HeadMethod | None:
         """The method that chooses which keys a head sees."""
@@ -380,8 +388,11 @@ class Engine:
 
     # Hooks
 
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A bare forward starts a call, or goes on with the one its cache remembers."""
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A bare forward starts a call, or goes on with the one its cache knows; a decode step takes a second stream along."""
+        if self.pairing is not None and self.call is not None and self._inside():
+            both = self.pairing.before(self.call, {**_named(module, args), **kwargs})
+            return None if both is None else ((), both)
         if not self.active or self._inside():
             return
         alone = next((m.name for m in self.active if isinstance(m, Decoding)), None)
@@ -411,8 +422,10 @@ class Engine:
             self._end_bare()
             raise
 
-    def after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """End a bare forward (also after an exception, also after one that was refused before it began)."""
+        if self.pairing is not None and self.pairing.running:
+            return self.pairing.after(output)
         if self._bare and self._aside is None and self._owner == threading.get_ident():
             self._end_bare()
 
@@ -438,6 +451,8 @@ class Engine:
         call.mask = None
         if call.done and cache is not None:
             past = cache.get_seq_length()
+            if self.paired:
+                call.batch, past = self.pairing.rows, past - self.pairing.pad
             call.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
             call.mode = "edited"
             chooser = self.chooser(call)

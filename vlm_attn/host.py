@@ -281,6 +281,85 @@ class ShortLayer(DynamicLayer):
         )
 
 
+class _Pairs:
+    """Of a layer of a cache whose rows belong to two streams, those of the second after those of the first: rows are named by
+    the first stream, as ``generate`` knows them, and the second's go with them."""
+
+    def _pairs(self, index: Tensor) -> Tensor:
+        keys: Tensor = self.keys  # type: ignore[attr-defined]
+        index = index.to(keys.device)
+        return torch.cat([index, index + len(keys) // 2])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put pairs of rows in another order."""
+        super().reorder_cache(self._pairs(beam_idx))  # type: ignore[misc]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some pairs of rows."""
+        super().batch_select_indices(self._pairs(indices))  # type: ignore[misc]
+
+
+class PairedLayer(_Pairs, DynamicLayer):
+    """A layer of two streams that keeps every column."""
+
+
+class PairedSlidingLayer(_Pairs, DynamicSlidingWindowLayer):
+    """A layer of two streams with a sliding window. Their columns stand at the right, so a window is the same for both."""
+
+
+_PAIRED: dict[type, type] = {DynamicLayer: PairedLayer, DynamicSlidingWindowLayer: PairedSlidingLayer}
+
+
+def _as(kind: type, layer: Any, keys: Tensor, values: Tensor) -> Any:
+    """A layer of another kind with all else that this one has."""
+    new = kind.__new__(kind)
+    new.__dict__.update({**layer.__dict__, "keys": keys, "values": values})
+    return new
+
+
+def join_rows(cache: Any, other: Any) -> int | str:
+    """Put the rows of another cache after those of a cache, which must be alike.
+
+    Args:
+        cache: the cache that gets them.
+        other: the other one, which is empty afterwards.
+
+    Returns:
+        How many columns without meaning were put before those of ``cache``, where ``other`` is the longer one; or, in words,
+        why these caches cannot be joined. Then both are as they were.
+    """
+    if not (type(cache) is DynamicCache and type(other) is DynamicCache and len(cache.layers) == len(other.layers)):
+        return f"{type(cache).__name__} cannot hold the rows of two streams"
+    pad = max(0, other.get_seq_length() - cache.get_seq_length())
+    kinds = [(type(one), type(two)) for one, two in zip(cache.layers, other.layers, strict=True)]
+    if not all(one is two and one in _PAIRED for one, two in kinds):
+        return "its layers hold states of their own, or fewer columns than they count"
+    if not all(layer.is_initialized for layer in [*cache.layers, *other.layers]):
+        return "a layer holds nothing (its keys are those of another layer)"
+    if pad and any(one is DynamicSlidingWindowLayer for one, _ in kinds):
+        return "the second prompt is longer than the first, and layers have sliding windows"
+    for number, (first, second) in enumerate(zip(cache.layers, other.layers, strict=True)):
+        width = first.keys.shape[-2] + pad  # type: ignore[union-attr]
+        tensors = [
+            torch.cat([nn.functional.pad(part, (0, 0, width - part.shape[-2], 0)) for part in parts])
+            for parts in ((first.keys, second.keys), (first.values, second.values))
+        ]
+        cache.layers[number] = _as(_PAIRED[type(first)], first, *tensors)
+        second.keys = second.values = None
+    other.layers.clear()
+    return pad
+
+
+def part_rows(cache: Any, rows: int, pad: int) -> None:
+    """Undo :func:`join_rows`: keep the first ``rows`` rows, without their ``pad`` first columns, in ordinary layers."""
+    usual = {paired: kind for kind, paired in _PAIRED.items()}
+    for number, layer in enumerate(cache.layers):
+        if type(layer) in usual:
+            cache.layers[number] = _as(
+                usual[type(layer)], layer, layer.keys[:rows, :, pad:].clone(), layer.values[:rows, :, pad:].clone()
+            )
+
+
 def shorten(cache: Any, layers: int) -> bool:
     """Let every layer of a cache hold fewer columns than it counts. False where this kind of cache cannot.
 
