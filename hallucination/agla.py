@@ -35,7 +35,7 @@ class Agla(Branch):
     attention, read while the prompt runs; and the share is fixed unless told otherwise. The cells are the model's tokens, where
     the released code masks pixels of a blurred map. What is taken away becomes zero in the processor's normalised pixels, a
     grey; that code paints it black. Beside a method that edits the last row, that row does not count as part of the question.
-    Cost: a second prompt, its picture included, and a second forward per token.
+    Cost: a second prompt, its picture included, and further rows in the forward of every token.
     """
 
     name: ClassVar[str] = "agla"

@@ -27,7 +27,7 @@ class Guidance(Branch):
     Deviations from the released code: its second cache does not follow the beams, so with ``num_beams`` a beam may be
     contrasted with another one's past; here it follows, and the answers differ. With ``gamma = 1`` that code returns before
     its cut, here the cut stays: greedy and beams above it are the same, samples are not (``beta = 0`` leaves the cut out).
-    Cost: a second prompt, without the image's tokens, and a second forward for every token.
+    Cost: a second prompt, without the image's tokens, and further rows in the forward of every token.
     """
 
     name: ClassVar[str] = "guidance"

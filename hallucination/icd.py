@@ -31,7 +31,7 @@ class Icd(Contrastive):
     Formula, ``alpha`` and ``beta`` are those of the released scripts. These try five prefixes; the default here is one of them,
     shortened. Deviations: for LLaVA they put it in the place of the system prompt, here it stands before the question, which
     every template has; for InstructBLIP they give it to the query transformer, here the language model reads it.
-    Cost: a second prompt (its picture is encoded once) and a second forward for every token.
+    Cost: a second prompt (its picture is encoded once) and further rows in the forward of every token.
     """
 
     name: ClassVar[str] = "icd"

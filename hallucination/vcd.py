@@ -30,8 +30,8 @@ class Vcd(Contrastive):
         seed: of the noise.
 
     The paper samples; greedy and beams work as well, but compare with the same way of decoding. Deviation: the noise is drawn
-    per picture from the seed, so that a picture gets the same noise in any batch. Cost: a second prompt and a second forward
-    for every token.
+    per picture from the seed, so that a picture gets the same noise in any batch. Cost: a second prompt, and
+    further rows in the forward of every token.
     """
 
     name: ClassVar[str] = "vcd"
