@@ -124,6 +124,11 @@ def build_processor(image_size: int = 112, patch_size: int = 14, mask_token: boo
     )
 
 
+def with_article(noun: str) -> str:
+    """Return "a" or "an" and the noun."""
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
 def question(noun: str, template: str = QUESTIONS[0]) -> str:
     """Return a yes/no question about a category."""
     return template.format(a="an" if noun[0] in "aeiou" else "a", noun=noun)
