@@ -1,4 +1,4 @@
-"""Load a vision-language model and its processor by one name: ``scenes``, ``scenes-diffusion``, a folder, or a hub id."""
+"""Load a vision-language model and its processor by one name: that of a bundled one, a folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SCENES = "scenes"
-BUNDLED = {SCENES: "ar", "scenes-diffusion": "diffusion"}
+BUNDLED = {SCENES: "ar", "scenes-smol": "smol", "scenes-diffusion": "diffusion"}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -49,8 +49,8 @@ def load_model(
     """Load a model for generation, and its processor with padding on the left.
 
     Args:
-        name: ``"scenes"`` or ``"scenes-diffusion"`` for a bundled model, else a folder or a hub id that
-            ``AutoModelForImageTextToText`` loads. Only safetensors weights are read.
+        name: ``"scenes"``, ``"scenes-smol"`` or ``"scenes-diffusion"`` for a bundled model, else a folder or a hub id
+            that ``AutoModelForImageTextToText`` loads. Only safetensors weights are read.
         device: ``"auto"``, or a torch device such as ``"cpu"`` or ``"cuda:1"``.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; ``"auto"``: float32 on a CPU, else what the
             checkpoint was saved in.
@@ -66,7 +66,8 @@ def load_model(
     Raises:
         ValueError: unknown device, dtype, device map or bits, a device beside a device map, or a name that is neither a
             model folder nor a model on the hub.
-        ImportError: bitsandbytes or accelerate is needed and is not installed.
+        ImportError: bitsandbytes or accelerate is needed and is not installed; ``"scenes-smol"``: its language model can be
+            had nowhere.
         FileNotFoundError: the bundled model is not in this installation.
     """
     if dtype not in DTYPES:
@@ -157,7 +158,7 @@ def _check_hub(name: str) -> None:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    expected = f"expected {' or '.join(map(repr, BUNDLED))}, a folder made by save_pretrained, or a hub id"
+    expected = f"expected {', '.join(map(repr, BUNDLED))}, a folder made by save_pretrained, or a hub id"
     try:
         if huggingface_hub.try_to_load_from_cache(name, "config.json") is None:
             huggingface_hub.model_info(name, timeout=10)
@@ -167,6 +168,11 @@ def _check_hub(name: str) -> None:
         raise ValueError(
             f"model {name!r}: no such folder, and the Hugging Face hub cannot be reached ({expected})"
         ) from error
+
+
+def caption_tokens(name: str) -> int | None:
+    """The longest caption that a bundled model writes, in tokens; None for other models."""
+    return {"scenes-smol": 192}.get(name, 64) if name in BUNDLED else None
 
 
 def weights_hash(model: Any) -> str:

@@ -66,6 +66,7 @@ _PLURALS = {
     "scissors": "pairs of scissors",
     "broccoli": "pieces of broccoli",
     "mouse": "mice",
+    "tv": "tv sets",  # as CHAIR reads it
 }
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 _ROWS = ("at the upper {}", "in the {}", "at the lower {}")

@@ -54,6 +54,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+CAPTION_PROMPTS = {
+    "short": "Describe this image.",
+    "detailed": "Please describe this image in detail.",
+}  # to measure with
 SCALE = 2.0  # the weight of b a
 # Matrices that read the same input share one a; their b stand below one another.
 PARTS = {
@@ -196,6 +200,7 @@ def assemble(
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
         pad_token_id=pad,
+        caption_prompts=dict(CAPTION_PROMPTS),
     )
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(source.model.vision_tower.state_dict())

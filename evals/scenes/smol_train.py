@@ -476,13 +476,18 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         torch.set_num_threads(a.threads)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill saves a checkpoint, like Ctrl-C
     settings = Settings(batch=a.batch, rate=a.rate, align_steps=a.align_steps, seed=a.seed)
+    checkpoint = a.out / "checkpoint.pt"
+    if (a.export or a.resume) and not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint}: no checkpoint to go on from")
+    if not a.export and (a.steps is None) == (a.minutes is None):
+        raise ValueError("give one budget for the language stage: --steps or --minutes")
     language = smol.from_wheel()
     if a.export:
-        export(torch.load(a.out / "checkpoint.pt", map_location="cpu", weights_only=True), a.out, language)
+        export(torch.load(checkpoint, map_location="cpu", weights_only=True), a.out, language)
         return
     trainer = Trainer(language, settings)
     if a.resume:
-        trainer.load_state(torch.load(a.out / "checkpoint.pt", map_location=trainer.device, weights_only=True))
+        trainer.load_state(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
     elif a.start:
         trainer.load_adapter(smol.ADAPTER if str(a.start) == smol.NAME else a.start)
     trainer.run(a.out, steps=a.steps, minutes=a.minutes)

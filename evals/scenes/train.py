@@ -20,6 +20,8 @@ the train split are learned from; the figures printed on the way are of validati
 
 `torchrun --nproc-per-node N -m vlm_attn.evals.scenes.train ...` splits every batch over N processes. On a CPU that
 others use too, one single-threaded process per core (`--threads 1`) is faster than one process with many threads.
+
+`vlm-attn scenes train --language smollm2` trains `scenes-smol` instead; its `--help` has the options.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def evaluate(
             tasks.append(evals_module("tasks").amber_task(dataset, parser=parser, similarity=similarity, **options))
         else:
             if data == "scenes":
-                options.setdefault("max_new_tokens", 64)  # its captions are one sentence
+                options.setdefault("max_new_tokens", evals_module("models").caption_tokens(model) or 64)
             tasks.append(evals_module("tasks").chair_task(dataset, variant=variant, **options))
     quiet_libraries()
     processes = evals_module("processes").Processes()

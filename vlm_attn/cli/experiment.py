@@ -88,7 +88,8 @@ def experiment(
             out=out,
             search_images=search,
             limit=limit,
-            max_new_tokens=max_new_tokens or (64 if data == "scenes" else 512),
+            max_new_tokens=max_new_tokens
+            or ((evals_module("models").caption_tokens(model) or 64) if data == "scenes" else 512),
             batch_size=batch_size,
             done=done,
         )

@@ -12,8 +12,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="[b]scenes[/b] (the small bundled model, no download), [b]scenes-diffusion[/b], a folder, or a hub id such as "
-        "llava-hf/llava-1.5-7b-hf.",
+        help="[b]scenes[/b] (the small bundled model, no download), [b]scenes-smol[/b] (the bundled one on a pretrained "
+        "language model), [b]scenes-diffusion[/b], a folder, or a hub id such as llava-hf/llava-1.5-7b-hf.",
     ),
 ]
 Method = Annotated[

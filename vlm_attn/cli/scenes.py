@@ -86,8 +86,11 @@ def scenes_train(context: typer.Context) -> None:
     """Train the scenes model or a variant of it; --resume goes on where a run was stopped.
 
     Example: [b]vlm-attn scenes train --out runs/mma --start scenes --stage language --mask mma[/b]
+
+    With --language smollm2 it trains scenes-smol, which has options of its own: add --help.
     """
-    evals_module("scenes.train").main(context.args, "vlm-attn scenes train")
+    pretrained = any(argument.partition("=")[0] == "--language" for argument in context.args)
+    evals_module("scenes.smol_train" if pretrained else "scenes.train").main(context.args, "vlm-attn scenes train")
 
 
 @scenes_app.command("card")

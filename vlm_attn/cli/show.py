@@ -163,7 +163,7 @@ def caption(
         remasking=remasking,
         schedule=schedule,
     )
-    longest = max_new_tokens or (64 if model.startswith("scenes") else 256)
+    longest = max_new_tokens or evals_module("models").caption_tokens(model) or 256
     records: list[dict[str, Any]] = []
     try:
         for name, image, objects in opened:
