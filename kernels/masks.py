@@ -347,6 +347,15 @@ def drawing(mask: Mask, group: Tensor, image: Tensor | None = None) -> str:
         mask: the mask.
         group: ``[1, S]``.
         image: see :func:`materialise`.
+
+    Examples:
+        >>> from vlm_attn.kernels import masks
+        >>> group, image = masks.parse_layout("v2 q1")
+        >>> print(masks.drawing(masks.modality_mutual, group, image))
+          vvq
+        v #.#
+        v ###
+        q ###
     """
     visible = materialise(mask, group, image=image)[0, 0]
     letter = {int(value): name for name, value in LETTERS.items()}

@@ -40,6 +40,11 @@ def saliency(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> lis
 
     Raises:
         ValueError: the model is patched with methods that make no map; whatever :func:`vlm_attn.patch` raises.
+
+    Examples:
+        >>> (map,) = vlm_attn.saliency(model, inputs, processor=processor)
+        >>> map.shape, map.dtype
+        (torch.Size([8, 8]), torch.float32)
     """
     if not is_patched(model):
         if "saliency_layers" in options:  # the map alone needs no layers to enhance
@@ -73,6 +78,11 @@ def sinks(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> list[T
 
     Raises:
         ValueError: the model is patched without ``var``; whatever :func:`vlm_attn.patch` raises.
+
+    Examples:
+        >>> (map,) = vlm_attn.sinks(model, inputs)
+        >>> map.shape
+        torch.Size([8, 8])
     """
     if not is_patched(model):
         with patched(model, "var", **options):
@@ -173,6 +183,12 @@ def find_sinks(
     What is ours: the second paper counts absolute layers (primary from ``L - 15`` on, noise up to 4), which says nothing about
     models of another depth, so shares stand here. It was measured on language models, not on visual tokens. It names no formula
     for a sink's score: ``Sink.score`` is our reading.
+
+    Examples:
+        >>> (row,) = vlm_attn.find_sinks(model, inputs, by="direction")
+        >>> sink = row.sinks[0]
+        >>> sink.column, sink.group, sink.kind, sink.layers
+        (1, 'SYSTEM', 'primary', (1, 2, 3, 4))
     """
     if by not in ("dimension", "direction"):
         raise ValueError(f'by={by!r} is neither "dimension" nor "direction"')
@@ -279,6 +295,13 @@ def gaze(model: nn.Module, inputs: Mapping[str, Any], answer: Sequence[int], **o
     Raises:
         ValueError: more than one prompt, no answer; whatever :func:`vlm_attn.patch` raises.
         NotImplementedError: a model that denoises a canvas (DiffusionGemma).
+
+    Examples:
+        >>> tokens = model.generate(**inputs, max_new_tokens=24)
+        >>> answer = tokens[0, inputs["input_ids"].shape[1] :]
+        >>> (maps,) = vlm_attn.gaze(model, inputs, answer)
+        >>> len(maps) == len(answer), maps[0].shape
+        (True, torch.Size([8, 8]))
     """
     if host.canvas_decoder(model) is not None:
         raise NotImplementedError(
@@ -330,6 +353,13 @@ def canvas_gaze(
     Raises:
         ValueError: more than one prompt; whatever :func:`vlm_attn.patch` and ``denoise`` raise.
         NotImplementedError: a model whose logits stand one to the left of their positions.
+
+    Examples:
+        >>> from vlm_attn import diffusion
+        >>> answer = lambda: diffusion.stream(denoiser, inputs, steps=4, gen_length=8, cache="prefix")
+        >>> (maps,) = vlm_attn.canvas_gaze(denoiser, inputs, answer)
+        >>> maps.shape
+        torch.Size([8, 8, 8])
     """
     if not is_patched(model):
         with patched(model, _Bystander(), **options):
@@ -463,6 +493,13 @@ def explain(processor: Any, inputs: Mapping[str, Any], *, query_span: Any = None
 
     Raises:
         ValueError: the processor has no image token; padding on the right.
+
+    Examples:
+        >>> print(vlm_attn.explain(processor, inputs))  # doctest: +ELLIPSIS
+          SYSTEM        0..1     '<s> user:'
+          VISUAL        2..65    '<image> <image> ... <image>'
+          QUERY        66..72    'please describe this image in detail.'
+          ROLE         73..73    'assistant:'
     """
     ids = torch.as_tensor(inputs["input_ids"])
     mask = inputs.get("attention_mask")

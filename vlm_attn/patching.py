@@ -69,6 +69,17 @@ def patch(
         TypeError: parameters beside an instance or a list; unknown parameter.
         NotImplementedError: an architecture or attention implementation that cannot be edited.
         Nothing is changed when one of them is raised.
+
+    Examples:
+        >>> model = vlm_attn.patch(model, "pai", alpha=0.2)
+        >>> tokens = model.generate(**inputs, max_new_tokens=8)
+        >>> model = vlm_attn.unpatch(model)
+
+        Several methods at once, the second with parameters of its own:
+
+        >>> from vlm_attn.hallucination import Gift
+        >>> model = vlm_attn.patch(model, ["var", Gift(alpha=4.0)], processor=processor)
+        >>> model = vlm_attn.unpatch(model)
     """
     if is_patched(model) and not replace:
         names = "+".join(m.name for m in engine_of(model).methods)
@@ -176,6 +187,11 @@ def unpatch(model: Model) -> Model:
 
     Raises:
         ValueError: the model is not patched.
+
+    Examples:
+        >>> model = vlm_attn.unpatch(vlm_attn.patch(model, "pai"))
+        >>> vlm_attn.is_patched(model)
+        False
     """
     engine, patched_one = engine_of(model), host.inside(model)
     for handle in engine.handles:
@@ -197,6 +213,12 @@ def patched(model: Model, method: MethodLike, **options: Any) -> Iterator[Model]
         model: see :func:`patch`.
         method: see :func:`patch`.
         **options: see :func:`patch`; ``replace`` is not allowed.
+
+    Examples:
+        >>> with vlm_attn.patched(model, "gift", processor=processor):
+        ...     tokens = model.generate(**inputs, max_new_tokens=24)
+        >>> vlm_attn.is_patched(model)
+        False
     """
     if options.pop("replace", False):
         raise ValueError("patched() cannot replace: leave the other patch first")
@@ -219,6 +241,10 @@ def spans(model: nn.Module, *, query: Any = None, visual: Any = None) -> Iterato
 
     Raises:
         ValueError: the model is not patched; spans outside the prompt (when the call begins).
+
+    Examples:
+        >>> with vlm_attn.patched(model, "gift"), vlm_attn.spans(model, query=(66, 72)):
+        ...     tokens = model.generate(**inputs, max_new_tokens=8)
     """
     engine = engine_of(model)
     before, engine.spans = engine.spans, {"query": query, "visual": visual}
@@ -239,6 +265,13 @@ def kept(model: nn.Module) -> tuple[KeptImage, ...]:
 
     Raises:
         ValueError: the model is not patched, no method keeps fewer tokens, or nothing has run yet.
+
+    Examples:
+        >>> with vlm_attn.patched(model, "divprune", keep=16):
+        ...     tokens = model.generate(**inputs, max_new_tokens=8)
+        ...     (image,) = vlm_attn.kept(model)
+        >>> image.total, len(image.index), image.mask.shape
+        (64, 16, torch.Size([8, 8]))
     """
     engine = engine_of(model)
     if not engine.kept:
@@ -249,7 +282,13 @@ def kept(model: nn.Module) -> tuple[KeptImage, ...]:
 
 
 def is_patched(model: Any) -> bool:
-    """Whether a model is patched."""
+    """Whether a model is patched.
+
+    Examples:
+        >>> with vlm_attn.patched(model, "pai"):
+        ...     vlm_attn.is_patched(model)
+        True
+    """
     return isinstance(getattr(host.inside(model), "__dict__", {}).get(TAG), Engine)
 
 

@@ -117,7 +117,14 @@ def build(name: str, **parameters: Any) -> Method:
 
 
 def methods() -> dict[str, MethodInfo]:
-    """All registered methods by name, each with a one-line summary, its paper and its class."""
+    """All registered methods by name, each with a one-line summary, its paper and its class.
+
+    Examples:
+        >>> vlm_attn.methods()["gift"].paper
+        'GIFT, arXiv 2510.22067'
+        >>> vlm_attn.methods()["fastv"].cls(keep=0.5).keep
+        0.5
+    """
     found = {}
     for name in sorted(_targets()):
         cls = method_class(name)

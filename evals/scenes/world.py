@@ -230,6 +230,11 @@ def scene(split: str, index: int) -> Scene:
     """Return scene `index` of `split`: "train" (any index >= 0), "validation" or "test" (0-499).
 
     Raises `ValueError` for an unknown split and `IndexError` for an index outside it.
+
+    Examples:
+        >>> from vlm_attn.evals import scenes
+        >>> sorted({o.category for o in scenes.scene("validation", 3).objects})
+        ['backpack', 'bird', 'broccoli', 'elephant', 'giraffe']
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
@@ -371,7 +376,13 @@ def _visible(scene: Scene) -> tuple[tuple[tuple[int, int, int, int], int], ...]:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw the picture of a scene: RGB, 224 x 224, the same pixels at every call."""
+    """Draw the picture of a scene: RGB, 224 x 224, the same pixels at every call.
+
+    Examples:
+        >>> from vlm_attn.evals import scenes
+        >>> scenes.render(scenes.scene("validation", 3)).size
+        (224, 224)
+    """
     draw = Draw("pixels", scene.split, scene.index)
     noise = np.random.Generator(np.random.PCG64(draw.below(2**32)))
     picture = _background(draw, noise, scene.context)

@@ -150,6 +150,11 @@ def generate(
 
     Raises:
         ValueError: see :func:`stream`. Before anything runs.
+
+    Examples:
+        >>> out = vlm_attn.diffusion.generate(denoiser, inputs, steps=8, gen_length=16, cache="prefix")
+        >>> out.tokens.shape, len(out.answers)
+        (torch.Size([1, 16]), 1)
     """
     last = None
     for last in stream(model, inputs, **options):
@@ -181,6 +186,11 @@ def stream(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Itera
             model that writes token after token, guidance without an unconditional prompt, a cache the model cannot use.
         TypeError: an unknown option.
         NotImplementedError: a model whose attention cannot be made bidirectional by a mask.
+
+    Examples:
+        >>> canvases = vlm_attn.diffusion.stream(denoiser, inputs, steps=4, gen_length=8, cache="prefix")
+        >>> [canvas.step for canvas in canvases]
+        [1, 2, 3, 4]
     """
     settings = resolve(model, inputs, Settings(**options))
     return _run(model, inputs, settings)
