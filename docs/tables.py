@@ -1,6 +1,6 @@
 """The tables of the pages that nobody writes by hand: ``python docs/tables.py`` writes them, a test compares.
 
-A table of `results.md` follows a comment ``<!-- table: NAME -->``; the function of that name makes it of files in `evals/results`.
+A table of `results.md` follows a comment ``<!-- table: NAME -->``. The function of that name makes it of `evals/results`.
 """
 
 from __future__ import annotations
