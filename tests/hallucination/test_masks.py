@@ -165,18 +165,36 @@ def test_the_released_span() -> None:
         Mma(span="answer")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("released", [False, True])
-def test_every_pair_of_mma(released: bool) -> None:
-    """Padding, system, two image tokens, a newline, two words, the tail, an answer: what is seen beyond the causal pairs."""
-    group = torch.tensor([[5, 0, 1, 1, 0, 2, 2, 3, 4]])
-    assert [Group(g).name for g in group[0].tolist()] == [
-        "PAD", "SYSTEM", "VISUAL", "VISUAL", "SYSTEM", "QUERY", "QUERY", "ROLE", "GENERATED"
-    ]  # fmt: skip
-    seen = materialise(Mma(span="released" if released else "question").mask, group)[0]
-    seen = seen.view(9, 9)
-    extra = {(i, j) for i in range(1, 9) for j in range(1, 9) if bool(seen[i, j]) and j > i}
-    assert extra == {(i, j) for i in (2, 3) for j in ((4, 5, 6, 7) if released else (5, 6))}
-    assert all(bool(seen[i, j]) for i in range(1, 9) for j in range(1, i + 1))
+# Padding, system, an image of two tokens, text, an image of one, two words, the tail, an answer: who sees what later.
+LETTERS = "PSVVSVQQRG"
+LATER = {
+    ("mma", "question"): {(i, j) for i in (2, 3, 5) for j in (6, 7)},
+    ("mma", "released"): {(i, j) for i in (2, 3) for j in (4, 6, 7, 8)} | {(5, j) for j in (6, 7, 8)},
+    ("bidirectional", ""): {(i, j) for i in (2, 3) for j in (4, 6, 7, 8)}
+    | {(5, j) for j in (6, 7, 8)}
+    | {(1, 2), (1, 3), (1, 5), (4, 5)},
+    ("croc", ""): {(2, 3), (2, 5), (3, 5)},
+    ("vision_block", ""): {(2, 3)},
+    ("prefix_lm", ""): {(i, j) for i in range(1, 9) for j in range(i + 1, 9)},
+}
+
+
+@pytest.mark.parametrize(("name", "span"), LATER)
+def test_every_pair(name: str, span: str) -> None:
+    kinds = {
+        "P": Group.PAD,
+        "S": Group.SYSTEM,
+        "V": Group.VISUAL,
+        "Q": Group.QUERY,
+        "R": Group.ROLE,
+        "G": Group.GENERATED,
+    }
+    group = torch.tensor([[int(kinds[letter]) for letter in LETTERS]])
+    method = vlm_attn.registry.build(name, **({"span": span} if span else {}))
+    assert method.mask is not None
+    seen = materialise(method.mask, group).reshape(len(LETTERS), len(LETTERS))
+    pairs = {(i, j) for i in range(1, len(LETTERS)) for j in range(len(LETTERS)) if bool(seen[i, j])}
+    assert pairs == {(i, j) for i in range(1, len(LETTERS)) for j in range(1, i + 1)} | LATER[name, span]
 
 
 def test_chunks_are_refused() -> None:
