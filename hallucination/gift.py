@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from vlm_attn.call import Call
-from vlm_attn.chat import informative_tokens
 from vlm_attn.kernels import Edit, Group, one_hot_segments
 from vlm_attn.method import Method, ModelFacts, check_choice, check_flag, check_layers, check_range, layer_tuple
+from vlm_attn.words import informative_tokens
 
 OTHER, VISUAL, QUERY, BOOSTED = range(4)  # segments; BOOSTED is VISUAL weighted with exp(alpha * saliency)
 
@@ -41,7 +41,8 @@ class Gift(Method):
         enhance_layers: layers whose attention is edited; None = from the preset.
         alpha: strength; the most salient token is weighted ``exp(alpha)``. Range 0..20.
         beta: factor on the question's share of the boost. Range (0, 100].
-        query_words: which words of the question count for the map: ``"content"`` (needs spaCy) or ``"all"``.
+        query_words: which words of the question count for the map: ``"content"``, all but function words (see
+            :mod:`vlm_attn.words`), or ``"all"``.
         heads: share of heads that are used, for the map and for each of the two boosts. Range (0, 1].
         clip_sigma: the map is clipped to its mean +- this many standard deviations before it is scaled to [0, 1].
         code_parity: do what the released code does with a repeated content word: only its last occurrence counts.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import vlm_attn
 from tests import tiny
-from tests.engine.test_chat import tagger
+from tests.engine.test_words import tagger
 from tests.processors import encode, processor, user
-from vlm_attn import chat, registry
+from vlm_attn import registry, words
 from vlm_attn.patching import engine_of
 
 ELSEWHERE = {  # what acts on something that this file does not do
@@ -130,9 +130,9 @@ REDUCERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture(autouse=True)
-def words(monkeypatch: pytest.MonkeyPatch) -> None:
+def tagged_words(monkeypatch: pytest.MonkeyPatch) -> None:
     tags = {"dog": "NOUN", "big": "ADJ", "small": "ADJ"}
-    monkeypatch.setattr(chat, "_tagger", lambda: tagger(tags))
+    monkeypatch.setattr(words, "_tagger", lambda: tagger(tags))
 
 
 @cache

@@ -15,12 +15,13 @@ from vlm_attn import host, presets
 from vlm_attn.attention import ROWS_AT_ONCE
 from vlm_attn.branch import Decoding, Run, look
 from vlm_attn.call import Call
-from vlm_attn.chat import find_question, read_template, tokenizer_of
+from vlm_attn.chat import read_template, tokenizer_of, visual_ids
 from vlm_attn.detectors import CANDIDATES, ByDimension, ByDirection, SinkDetector, layer_states
 from vlm_attn.kernels import Group
-from vlm_attn.layout import build_layout, check_span, padding, runs
+from vlm_attn.layout import build_layout, check_span, padding, runs, visual_columns
 from vlm_attn.method import Method
 from vlm_attn.patching import engine_of, is_patched, patched
+from vlm_attn.question import find_questions
 
 
 def saliency(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> list[Tensor]:
@@ -492,7 +493,8 @@ def explain(processor: Any, inputs: Mapping[str, Any], *, query_span: Any = None
         An :class:`Explanation`; ``print`` it.
 
     Raises:
-        ValueError: the processor has no image token; padding on the right.
+        ValueError: the processor has no image token; padding on the right; the prompt is not one of its template's, or can be
+            read in two ways.
 
     Examples:
         >>> print(vlm_attn.explain(processor, inputs))  # doctest: +ELLIPSIS
@@ -504,28 +506,13 @@ def explain(processor: Any, inputs: Mapping[str, Any], *, query_span: Any = None
     ids = torch.as_tensor(inputs["input_ids"])
     mask = inputs.get("attention_mask")
     tokenizer = tokenizer_of(processor)
-    image = getattr(processor, "image_token_id", None)
-    if image is None and isinstance(getattr(processor, "image_token", None), str):
-        image = tokenizer.convert_tokens_to_ids(processor.image_token)
-    if image is None:
-        raise ValueError(
-            f"{type(processor).__name__} names no image token: explain() needs the processor of a vision-language model"
-        )
-    visual = ids == image
+    visual = visual_columns(ids, visual_ids(processor))
     first = padding(mask, len(ids))
-    template = read_template(processor, (image,))
-    query, role = [], []
-    for row in range(len(ids)):
-        if query_span is not None:
-            span = check_span(query_span, row, first[row], ids.shape[1])
-            tail = ids.shape[1] - span[1]
-        else:
-            (start, stop), tail = find_question(
-                ids[row, first[row] :].tolist(), visual[row, first[row] :].tolist(), template
-            )
-            span = (start + first[row], stop + first[row])
-        query.append(span)
-        role.append(tail)
+    if query_span is None:
+        query, role = find_questions(ids, visual, first, read_template(processor))
+    else:
+        query = [check_span(query_span, row, first[row], ids.shape[1]) for row in range(len(ids))]
+        role = [ids.shape[1] - stop for _, stop in query]
     group = build_layout(visual, mask, query, role, ()).group
     rows = []
     for row in range(len(ids)):

@@ -1,43 +1,67 @@
-"""Where the user's question stands in a prompt, read off the processor's chat template.
+"""What a processor writes around a user's text, learned by asking it: it reads short conversations with known texts.
 
-transformers offers nothing for this. Rendering the template with two different questions shows which tokens belong to
-the template: what the two renderings share at the end is the tail (` ASSISTANT:`), what stands between the image and
-the question is the gap, and what stands between two turns is the header of a later turn.
+transformers tells neither where the question stands nor which tokens an image becomes. Two conversations that differ in one
+text show what stands before and after that text; a blank image shows what the processor puts around it.
 """
 
 from __future__ import annotations
 
-import functools
+import os
+import re
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
+from PIL import Image
+from transformers.utils import logging
 
-from vlm_attn.layout import Span
+from vlm_attn.spelling import VISUAL, Speller, is_special, is_text
 
-if TYPE_CHECKING:
-    from vlm_attn.call import Call
+#: The prompt of LLaVA-1.5, for processors that have no chat template.
+PLAIN_TEMPLATE = "USER: {image}\n{text} ASSISTANT:"
 
-# Different first and last characters, so that no tokenizer merges a shared piece into the template.
-_PROBES = ("cat", "7 dogs?")
+# Pairs without a common first or last character.
+QUESTIONS, FIRST, ANSWERS, SYSTEM = ("cat", "7 dogs?"), ("red", "two 5"), ("blue", "is it 3."), ("big", "a 7 cup?")
+_SIDE = 64  # of the blank image, in pixels
+
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Token ids of the template around a question.
+    """What stands around texts and images, as :class:`~vlm_attn.spelling.Speller` spells it.
 
     Attributes:
-        gap: ids between the last image token and the question.
-        tail: ids behind the question, up to the answer.
-        header: ids that open a later user turn without an image.
+        speller: spells token ids.
+        written: whether the processor has a chat template; else only the plain form is known.
+        openings: what may stand before a prompt's first text.
+        headers: what may stand between an answer and the next question.
+        systems: what may stand between a system message and the question.
+        merged: whether only white space does, in the ``"first"`` user turn or the ``"last"``.
+        tails: what stands between the question and the answer that is to come, one for every switch of the template.
+        closings: what stands after the question where no answer is asked for.
+        answer: what all of these begin with, and what stands before an earlier or a begun answer.
+        gaps: patterns of what stands between an image and the text after it.
+        leads: patterns of what stands between a text and the image after it.
+        inner: patterns of what stands between parts of one image or video.
     """
 
-    gap: tuple[int, ...]
-    tail: tuple[int, ...]
-    header: tuple[int, ...]
+    speller: Speller
+    written: bool = True
+    openings: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
+    systems: tuple[str, ...] = ()
+    merged: frozenset[str] = frozenset()
+    tails: tuple[str, ...] = ()
+    closings: tuple[str, ...] = ()
+    answer: str = ""
+    gaps: tuple[str, ...] = ()
+    leads: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -45,162 +69,335 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def has_template(processor: Any) -> bool:
+    """Whether a processor has a chat template."""
+    return bool(getattr(processor, "chat_template", None))
 
 
-def _render(processor: Any, turns: Sequence[str]) -> str | None:
-    """The template's text for an image and alternating user and assistant turns; None if it cannot be rendered."""
-    plain = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(turns)]
-    parts: list[dict[str, Any]] = [
-        {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in plain
-    ]
-    parts[0]["content"].insert(0, {"type": "image"})
+def switches(processor: Any) -> tuple[str, ...]:
+    """Names in the chat template that may be switches of thinking. A name that is none changes nothing."""
+    return tuple(sorted(set(re.findall(r"\b(?!strip)\w*thinking\w*", str(processor.chat_template)))))
+
+
+_cache: weakref.WeakKeyDictionary[Any, tuple[Any, _Probe]] = weakref.WeakKeyDictionary()
+
+
+def probe(processor: Any) -> _Probe:
+    """What is learned of a processor, once for as long as its template stays the same."""
+    key = (str(getattr(processor, "chat_template", None)), len(tokenizer_of(processor)))
     try:
-        return processor.apply_chat_template(parts, add_generation_prompt=True, tokenize=False)
-    except Exception:  # templates are foreign programs: any failure means "this template cannot tell"
-        return None
+        found = _cache.get(processor)
+    except TypeError:  # cannot be hashed
+        return _Probe(processor)
+    if found is None or found[0] != key:
+        found = _cache[processor] = (key, _Probe(processor))
+    return found[1]
 
 
-def read_template(processor: Any, image_token_ids: Sequence[int]) -> ChatTemplate | None:
-    """Read a processor's chat template.
-
-    Args:
-        processor: a Hugging Face processor with a chat template.
-        image_token_ids: ids that stand for image tokens.
-
-    Returns:
-        The template's parts, or None if the processor has no usable template.
-    """
-    if not getattr(processor, "chat_template", None):
-        return None
-    rendered = [_render(processor, (text,)) for text in _PROBES]
-    if any(text is None for text in rendered):
-        return None
-    tokenizer = tokenizer_of(processor)
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    first, second = (encode(text) for text in rendered if text is not None)
-    tail = _shared(first[::-1], second[::-1])
-    head = first[: _shared(first, second)]
-    image = max((i for i, token in enumerate(head) if token in image_token_ids), default=None)
-    gap = tuple(head[image + 1 :]) if image is not None else ()
-
-    header: tuple[int, ...] = ()
-    later = [_render(processor, ("red", "blue", text)) for text in _PROBES]
-    if all(text is not None for text in later):
-        a, b = (encode(text) for text in later if text is not None)
-        shared = a[: _shared(a, b)]
-        answer = encode("blue")[-1]
-        where = max((i for i, token in enumerate(shared) if token == answer), default=None)
-        if where is None:  # the answer's last piece may differ in context: keep what both turns' openings share
-            where = len(shared) - 1 - _shared(shared[::-1], head[::-1])
-        header = tuple(shared[where + 1 :])
-    return ChatTemplate(gap=gap, tail=tuple(first[len(first) - tail :]) if tail else (), header=header)
-
-
-def find_question(ids: Sequence[int], visual: Sequence[bool], template: ChatTemplate | None) -> tuple[Span, int]:
-    """Columns of the question in one unpadded prompt.
-
-    With a template whose tail ends the prompt, the question is the text of the last user turn that follows its image;
-    without one it is everything after the last image.
+def read_template(processor: Any) -> ChatTemplate | None:
+    """What a processor writes around texts and images.
 
     Args:
-        ids: token ids of the unpadded prompt.
-        visual: which of them are image tokens.
-        template: from :func:`read_template`, or None.
+        processor: a processor of transformers.
 
     Returns:
-        The half-open span of the question (``start == stop`` when nothing follows the image) and the length of the
-        tail.
+        None if its template cannot be rendered.
     """
-    ids = list(ids)
-    last_image = max((i for i, flag in enumerate(visual) if flag), default=-1)
-    start, stop, tail = last_image + 1, len(ids), 0
-    if template is not None and template.tail and tuple(ids[-len(template.tail) :]) == template.tail:
-        tail = len(template.tail)
-        stop -= tail
-    if template is not None and last_image >= 0:
-        gap = template.gap
-        while gap and tuple(ids[start : start + len(gap)]) != gap:
-            gap = gap[:-1]  # processors wrap images in markers of their own: keep the part that matches
-        start += len(gap)
-        header = template.header
-        if header:
-            later = [i for i in range(start, stop - len(header) + 1) if tuple(ids[i : i + len(header)]) == header]
-            if later:
-                start = later[-1] + len(header)
-    return (start, max(start, stop)), min(tail, len(ids) - start)
+    return probe(processor).template
 
 
-def content_tokens(processor: Any, ids: Tensor, tagger: Any, *, last: bool = False) -> Tensor:
-    """Which tokens of a question belong to an informative word (noun, name, verb, adjective, adverb, number).
+def visual_ids(processor: Any) -> tuple[int, ...]:
+    """Ids of the tokens that an image or a video becomes.
 
     Args:
-        processor: processor or tokenizer, to turn ids back into text.
-        ids: ``[M]`` token ids of the question.
-        tagger: a spaCy pipeline.
-        last: whether of a repeated word only the last occurrence counts; else all do.
+        processor: a processor of transformers.
 
-    Returns:
-        ``[M]`` bool.
+    Raises:
+        ValueError: it names no image token.
     """
-    tokenizer = tokenizer_of(processor)
-    ends = [len(tokenizer.decode(ids[:i].tolist())) for i in range(len(ids) + 1)]
-    text = tokenizer.decode(ids.tolist())
-    informative = {"NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"}
-    found = [(w.text, (w.idx, w.idx + len(w.text))) for w in tagger(text) if w.pos_ in informative]
-    words = list(dict(found).values()) if last else [span for _, span in found]
-    flags = [
-        any(a < stop and start < b and text[max(a, start) : min(b, stop)].strip() for start, stop in words)
-        for a, b in zip(ends, ends[1:], strict=False)
-    ]
-    return torch.tensor(flags, dtype=torch.bool)
+    found = probe(processor).visual
+    if not found:
+        raise ValueError(
+            f"{type(processor).__name__} names no image token: the processor of a vision-language model is needed"
+        )
+    return found
 
 
-@functools.cache
-def _tagger() -> Any | None:
-    """spaCy's small English pipeline, or None where it is not installed."""
+class _Probe:
+    """Asks one processor."""
+
+    def __init__(self, processor: Any) -> None:
+        with _quiet():
+            self._ask(processor)
+
+    def _ask(self, processor: Any) -> None:
+        self.processor, self.tokenizer = processor, tokenizer_of(processor)
+        self.media = list(self._media()) if self.tokenizer is not processor else []
+        self.named = self._named()
+        self.visual = self._visual()
+        self.speller = Speller(self.tokenizer, self.visual)
+        self.template = self._written() if has_template(processor) else self._plain()
+
+    # Images
+
+    def _media(self) -> Iterator[tuple[str, list[int]]]:
+        """Ids of prompts with a blank image or video before the text, and after it."""
+        image = Image.new("RGB", (_SIDE, _SIDE))
+        for place in ("before", "after"):
+            if (ids := self._with({"type": "image", "image": image}, place, images=[[image]])) is not None:
+                yield place, ids
+        if getattr(self.processor, "video_processor", None) is not None and has_template(self.processor):
+            frames = [image] * 4
+            told = {
+                "video_metadata": [{"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}]
+            }
+            for place in ("before", "after"):
+                part = {"type": "video"}
+                if (ids := self._with(part, place, videos=[frames], do_sample_frames=False, **told)) is not None:
+                    yield place, ids
+
+    def _with(self, part: dict[str, Any], place: str, **media: Any) -> list[int] | None:
+        text = {"type": "text", "text": QUESTIONS[0]}
+        content = [part, text] if place == "before" else [text, part]
+        if has_template(self.processor):
+            prompt = self._render([{"role": "user", "content": content}])
+        else:
+            prompt = getattr(self.processor, "image_token", "<image>") + QUESTIONS[0] if place == "before" else None
+        if prompt is None:
+            return None
+        try:
+            return [int(i) for i in self.processor(text=[prompt], **media)["input_ids"][0]]
+        except (
+            Exception
+        ):  # processors are foreign programs, and some take no such image: what is not shown is not known
+            return None
+
+    def _named(self) -> list[int]:
+        """Ids that processor and tokenizer name in connection with images: the placeholder in a text, or what it becomes."""
+        named: list[int] = []
+        for owner in (self.processor, self.tokenizer):
+            for name in ("image_token_id", "image_token_ids", "video_token_id", "video_token_ids", "image_patch_id"):
+                with suppress(AttributeError, TypeError):
+                    value = getattr(owner, name)
+                    named += [i for i in (value if isinstance(value, Sequence) else [value]) if isinstance(i, int)]
+        if self.tokenizer is not self.processor and isinstance(
+            token := getattr(self.processor, "image_token", None), str
+        ):
+            named.append(self.tokenizer.convert_tokens_to_ids(token))
+        return named
+
+    def _visual(self) -> tuple[int, ...]:
+        """Of these ids, or else of all special ones, those that a blank image and a blank video become."""
+        named = self.named
+        special = {*self.tokenizer.all_special_ids, *getattr(self.tokenizer, "added_tokens_decoder", {}), *named}
+        found = []
+        for _, ids in self.media:
+            counts = Counter(i for i in ids if i in special)
+            most = max(counts.values(), default=0)
+            token = next((i for i in named if counts[i] == most), next((i for i in counts if counts[i] == most), None))
+            if token is not None and most > 1:
+                found.append(token)
+        if not found:  # it could not be asked
+            found = named[:1]
+        video = getattr(self.processor, "video_token_id", None)
+        found += (
+            [video] if found and isinstance(video, int) else []
+        )  # a model may have a video's token and no processor for it
+        return tuple(dict.fromkeys(found))
+
+    # Text
+
+    def _render(self, messages: Sequence[Message], **options: Any) -> str | None:
+        options.setdefault("add_generation_prompt", not options.get("continue_final_message", False))
+        try:
+            return self.processor.apply_chat_template(list(messages), tokenize=False, **options)
+        except Exception:  # templates are foreign programs: any failure means "this template cannot tell"
+            return None
+
+    def _spell(self, text: str | None) -> str | None:
+        if text is None:
+            return None
+        return self.speller.spell(self.tokenizer(text, add_special_tokens=False)["input_ids"])[0]
+
+    def _around(
+        self, turns: Callable[[str, str], str | None], before: Sequence[str], texts: Sequence[str]
+    ) -> str | None:
+        """What stands before a text, up to the earlier text: both are varied."""
+        parts = []
+        for earlier in before:
+            a, b = (turns(earlier, text) for text in texts)
+            if a is None or b is None or a == b:  # a template that does not show this form of content
+                return None
+            parts.append(_prefix(a, b))
+        return _suffix(*parts)
+
+    def _written(self) -> ChatTemplate | None:
+        """What the chat template writes; None where it cannot be rendered."""
+        found: dict[str, list[str]] = {
+            name: [] for name in ("openings", "headers", "systems", "tails", "closings", "answers")
+        }
+        merged = set()
+        thinking = [{name: on} for name in switches(self.processor) for on in (True, False)]
+
+        def note(name: str, part: str | None) -> None:
+            if part and part not in found[name]:
+                found[name].append(part)
+
+        for style in (_parts, _string):
+
+            def shown(*turns: tuple[str, str], style: Callable[[str], Any] = style, **options: Any) -> str | None:
+                messages = [{"role": role, "content": style(text)} for role, text in turns]
+                if options.pop("image", False):
+                    messages[-1]["content"] = [{"type": "image"}, *_parts(turns[-1][1])]
+                return self._spell(self._render(messages, **options))
+
+            def u(text: str) -> tuple[str, str]:
+                return "user", text
+
+            def a(text: str) -> tuple[str, str]:
+                return "assistant", text
+
+            def s(text: str) -> tuple[str, str]:
+                return "system", text
+
+            if style is _parts:  # some templates write something else before an image
+                both = ("", "image")
+                note("openings", _prefix(*(shown(u(QUESTIONS[0]), image=bool(i)) or "" for i in both)))
+                note(
+                    "headers",
+                    self._around(lambda t, i: shown(u(FIRST[0]), a(t), u(QUESTIONS[0]), image=bool(i)), ANSWERS, both),
+                )
+                note("systems", self._around(lambda t, i: shown(s(t), u(QUESTIONS[0]), image=bool(i)), SYSTEM, both))
+            for options in ({}, *thinking):
+                first, second = (shown(u(text), **options) for text in QUESTIONS)
+                if first is not None and second is not None and first != second:
+                    note("openings", _prefix(first, second))
+                    note("tails", _suffix(first, second))
+            first, second = (shown(u(text), add_generation_prompt=False) for text in QUESTIONS)
+            if first is not None and second is not None and first != second:
+                found["closings"].append(_suffix(first, second))
+            header = self._around(lambda answer, q: shown(u(FIRST[0]), a(answer), u(q)), ANSWERS, QUESTIONS)
+            note("headers", header)
+            note("answers", self._around(lambda q, answer: shown(u(q), a(answer), u(QUESTIONS[0])), FIRST, ANSWERS))
+            begun = self._around(
+                lambda q, answer: shown(u(q), a(answer), continue_final_message=True),
+                FIRST,
+                ANSWERS,
+            )
+            note("answers", begun)
+            system = self._around(lambda text, q: shown(s(text), u(q)), SYSTEM, QUESTIONS)
+            note("systems", system)
+            if system and not is_text(system) and not any(map(is_special, system)):
+                merged.add("first")
+            if header:  # some templates put the system message into the last turn
+                moved = self._around(
+                    lambda text, q: shown(s(text), u(FIRST[0]), a(ANSWERS[0]), u(q)),
+                    SYSTEM,
+                    QUESTIONS,
+                )
+                if moved is not None and not moved.endswith(header):
+                    merged.add("last")
+        tails = found["tails"]
+        if not tails:
+            return None
+        answer = os.path.commonprefix([*tails, *found["answers"]])
+        gaps, leads, inner = self._images(found["openings"], tails)
+        return ChatTemplate(
+            self.speller,
+            openings=_longest_first(found["openings"]),
+            headers=_longest_first(found["headers"]),
+            systems=_longest_first(found["systems"]),
+            merged=frozenset(merged),
+            tails=_longest_first(tails),
+            closings=_longest_first(found["closings"]),
+            answer=answer,
+            gaps=gaps,
+            leads=leads,
+            inner=inner,
+        )
+
+    def _plain(self) -> ChatTemplate:
+        """What a processor without a chat template puts around an image and a text."""
+        before = next((ids for place, ids in self.media if place == "before"), None)
+        if before is None:
+            return ChatTemplate(self.speller, written=False)
+        text = self._shown(before)
+        tail = text[text.rindex(VISUAL) + 1 :]
+        asked = self._spell(QUESTIONS[0]) or ""
+        gap, _, closing = tail.rpartition(asked.strip())
+        begun = self._spell("a") or ""  # some tokenizers put a space before the first character
+        opening, plain = (
+            (self._spell("a" + part) or "")[len(begun) :]
+            for part in (
+                PLAIN_TEMPLATE.partition("{text}")[0].partition("{image}")[2],
+                PLAIN_TEMPLATE.partition("{text}")[2],
+            )
+        )
+        gaps = (re.escape(gap) + re.escape(opening), re.escape(gap))
+        return ChatTemplate(
+            self.speller, written=False, tails=(plain + closing,), closings=(closing,) if closing else (), gaps=gaps
+        )
+
+    def _shown(self, ids: Sequence[int]) -> str:
+        return self.speller.spell(ids, [i in self.visual for i in ids])[0]
+
+    def _images(
+        self, openings: Sequence[str], tails: Sequence[str]
+    ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """Patterns of what stands after an image, before one, and inside it. Numbers in them stand for any number."""
+        gaps, leads, inner = [], [], []
+        asked = self._spell(self._render([{"role": "user", "content": _parts(QUESTIONS[0])}])) or ""
+        other = self._spell(self._render([{"role": "user", "content": _parts(QUESTIONS[1])}])) or ""
+        opening, tail = _prefix(asked, other), _suffix(asked, other)
+        question = asked[len(opening) : len(asked) - len(tail)]
+        for place, ids in self.media:
+            text = self._shown(ids)
+            if VISUAL not in text:
+                continue
+            first, last = text.index(VISUAL), text.rindex(VISUAL) + 1
+            inner += [part for part in re.findall(f"(?<={VISUAL})[^{VISUAL}]+(?={VISUAL})", text) if is_text(part)]
+            after, before = text[last:], text[:first]
+            if question in after and after.endswith(question + tail):  # also where the template puts images first
+                gaps.append(after[: len(after) - len(question + tail)])
+            elif question in before and place == "after":
+                leads.append(before[before.rindex(question) + len(question) :])
+                if after.endswith(tail):
+                    gaps.append(after[: len(after) - len(tail)])
+        return _patterns(gaps), _patterns(leads), _patterns(inner)
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _string(text: str) -> str:
+    return text
+
+
+def _prefix(a: str, b: str) -> str:
+    return os.path.commonprefix([a, b])
+
+
+def _suffix(a: str, b: str) -> str:
+    return os.path.commonprefix([a[::-1], b[::-1]])[::-1]
+
+
+def _longest_first(parts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted(dict.fromkeys(parts), key=len, reverse=True))
+
+
+def _patterns(parts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(re.sub(r"\d+", r"\\d+", re.escape(part)) for part in _longest_first(parts))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what processors say about prompts that are only tried."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        import spacy
-
-        return spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
-    except (ImportError, OSError):
-        return None
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=3)
-
-
-def informative_tokens(call: Call, processor: Any, *, last: bool = False) -> Tensor | None:
-    """Informative words of every question of a call.
-
-    Needs spaCy with ``en_core_web_sm``, the processor and token ids; without one of them all words count, which is
-    said once.
-
-    Args:
-        call: the call.
-        processor: what was given to ``patch``, or None.
-        last: see :func:`content_tokens`.
-
-    Returns:
-        ``[B0, M]`` bool over the questions' tokens (padded on the right), or None: all of them count.
-    """
-    tagger = _tagger()
-    if tagger is None or processor is None or call.input_ids is None:
-        lacks = "spaCy with en_core_web_sm" if tagger is None else "patch(..., processor=) and token ids"
-        _warn_once(f'query_words="content" needs {lacks}; every word of the question counts instead')
-        return None
-    spans = call.prompt.query
-    chosen = torch.zeros(len(spans), max(stop - start for start, stop in spans), dtype=torch.bool)
-    for row, (start, stop) in enumerate(spans):
-        flags = content_tokens(processor, call.input_ids[row, start:stop], tagger, last=last)
-        if not flags.any():
-            _warn_once("a question has no informative word; all of its words count instead")
-            flags = torch.ones_like(flags)
-        chosen[row, : stop - start] = flags
-    return chosen
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)

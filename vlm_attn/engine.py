@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from vlm_attn import dropping, heads, host
 from vlm_attn.branch import Decoding, Run
 from vlm_attn.call import Call, PromptMask
-from vlm_attn.chat import ChatTemplate, find_question
+from vlm_attn.chat import ChatTemplate
 from vlm_attn.families import family_of, image_token_ids, split_images, split_videos, video_token_ids
 from vlm_attn.kernels import Edit, ScoreEdit, merged, triton_first
 from vlm_attn.kernels.masks import Mask
 from vlm_attn.layout import Span, build_layout, check_span, is_span, padding, per_row, runs, visual_columns
 from vlm_attn.method import Method
 from vlm_attn.paired import Pairing
+from vlm_attn.question import find_questions
 from vlm_attn.reduction import KeptImage, Reducer
 from vlm_attn.sharding import Heads
 from vlm_attn.tower import on_tokens
@@ -266,13 +267,7 @@ class Engine:
             given = per_row(given, batch, "query")
             query = [check_span(span, row, first[row], length) for row, span in enumerate(given)]
             return query, [length - stop for _, stop in query]
-        query, role = [], []
-        for row in range(batch):
-            row_ids = ids[row, first[row] :].tolist() if ids is not None else [-1] * (length - first[row])
-            (start, stop), tail = find_question(row_ids, visual[row, first[row] :].tolist(), self.template)
-            query.append((start + first[row], stop + first[row]))
-            role.append(tail)
-        return query, role
+        return find_questions(ids, visual, first, self.template)
 
     @contextmanager
     def running(self, inputs: Mapping[str, Any], canvas: bool = False) -> Iterator[Call]:

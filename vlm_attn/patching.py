@@ -13,7 +13,7 @@ from torch import nn
 from vlm_attn import host, presets, registry
 from vlm_attn.attention import TAG, Tag
 from vlm_attn.branch import Decoding
-from vlm_attn.chat import read_template, tokenizer_of
+from vlm_attn.chat import probe, read_template, tokenizer_of
 from vlm_attn.engine import Engine, LayerHook
 from vlm_attn.families import (
     check_maskable,
@@ -22,6 +22,7 @@ from vlm_attn.families import (
     family_of,
     image_token_ids,
     merging_tower,
+    video_token_ids,
 )
 from vlm_attn.heads import HeadMethod, check_alone
 from vlm_attn.layout import is_span
@@ -99,7 +100,7 @@ def patch(
         base = previous.base
         text_model, layers, attentions = find_decoder(model, previous.text_config)
     shards = {index: heads_of(attention) for index, attention in attentions}
-    images = image_token_ids(top)
+    image_token_ids(top)  # refuses a family without
     facts = ModelFacts(
         model_type=top.model_type,
         layers=len(layers),
@@ -140,7 +141,7 @@ def patch(
     template = None
     if processor is not None:
         check_processor(processor, top, text_config)
-        template = read_template(processor, images)
+        template = read_template(processor)
 
     host.warn_if_untested()
 
@@ -444,14 +445,16 @@ def check_processor(processor: Any, config: Any, text_config: Any) -> None:
         ValueError: its image token or vocabulary is not the model's.
     """
     tokenizer = tokenizer_of(processor)
-    expected = image_token_ids(config)
-    token = getattr(processor, "image_token", None)
-    own = getattr(processor, "image_token_id", None)
-    if own is None and isinstance(token, str):
-        own = tokenizer.convert_tokens_to_ids(token)
-    if own is not None and own not in expected:
+    expected = (*image_token_ids(config), *video_token_ids(config))
+    asked = probe(processor)
+    own = [
+        *asked.visual,
+        *([] if asked.media else asked.named),
+    ]  # a processor that cannot be asked may mean its placeholder
+    if own and not set(own) & set(expected):
+        token = tokenizer.convert_ids_to_tokens(own[0])
         raise ValueError(
-            f"this processor belongs to another model: its image token {token!r} has id {own}, "
+            f"this processor belongs to another model: its image token {token!r} has id {own[0]}, "
             f"the model expects {expected[0]}"
         )
     size, room = len(tokenizer), text_config.vocab_size

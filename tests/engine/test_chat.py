@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoProcessor
 
 import vlm_attn
 from tests import tiny
 from tests.helpers import ACTIVE
 from tests.processors import CHATML, VICUNA, assistant, encode, picture, processor, user
-from vlm_attn.chat import content_tokens, find_question, read_template
+from vlm_attn.chat import read_template
 from vlm_attn.patching import engine_of
+from vlm_attn.question import UnknownQuestion, find_question
 
 TAILS = {VICUNA: "ASSISTANT :", CHATML: "<|im_end|> \n <|im_start|> assistant \n"}
 
@@ -118,23 +119,35 @@ class TestExplain:
             vlm_attn.explain(own, x, query_span=(5, length + 1))
 
     def test_without_a_template(self) -> None:
-        """All text after the last image, the template's tail among it."""
+        """The plain form is known; of another prompt the question is all text after the last image."""
         bare = processor(None)
-        x = encode_text(bare, "USER: <image>\nwhat is it? ASSISTANT:")
-        found = vlm_attn.explain(bare, x)
-        assert parts(found, 0, "QUERY") == ["\n what is it ? ASSISTANT :"]
+        found = vlm_attn.explain(bare, encode_text(bare, "USER: <image>\nwhat is it? ASSISTANT:"))
+        assert parts(found, 0, "QUERY") == ["what is it ?"]
+        assert parts(found, 0, "ROLE") == ["ASSISTANT :"]
+        found = vlm_attn.explain(bare, encode_text(bare, "the <image> what is it? Answer:"))
+        assert parts(found, 0, "QUERY") == ["what is it ? Answer :"]
         assert parts(found, 0, "ROLE") == []
 
-    def test_prompt_of_another_shape(self, own: Any) -> None:
-        """A prompt that was not made with the template: no tail to take off, the question is the text after the image."""
-        found = vlm_attn.explain(own, encode_text(own, "<image> what is it?"))
-        assert parts(found, 0, "QUERY") == ["what is it ?"]
-        assert parts(found, 0, "ROLE") == []
+    @pytest.mark.parametrize(
+        "text", ["<image> what is it?", "<image> what is it? Answer:", "USER <image> what is it? ASSISTANT"]
+    )
+    def test_prompt_of_another_shape(self, own: Any, text: str) -> None:
+        """A prompt that was not made with the template: what is the question and what a form of words is not known."""
+        x = encode_text(own, text)
+        with pytest.raises(UnknownQuestion, match=r"row 0: the prompt does not .*query_span="):
+            vlm_attn.explain(own, x)
+        model, _ = tiny.llava()
+        with vlm_attn.patched(model, "gift", processor=own, **ACTIVE["gift"]):
+            with pytest.raises(UnknownQuestion, match="query_span="):
+                model.generate(**x, max_new_tokens=1)
+            length = x["input_ids"].shape[1]
+            with vlm_attn.spans(model, query=[(length - 3, length)]):
+                model.generate(**x, max_new_tokens=1)
 
     def test_question_before_the_image(self, own: Any, template: str) -> None:
         chat = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, {"type": "image"}]}]
         x = encode(own, chat)
-        assert parts(vlm_attn.explain(own, x), 0, "QUERY") == []
+        assert parts(vlm_attn.explain(own, x), 0, "QUERY") == ["what is it ?"]
         model, _ = tiny.llava()
         with (
             vlm_attn.patched(model, "gift", processor=own, **ACTIVE["gift"]),
@@ -153,27 +166,36 @@ def encode_text(own: Any, text: str) -> dict[str, Any]:
 
 class TestFindQuestion:
     def test_template_parts(self, own: Any, template: str) -> None:
-        found = read_template(own, (tiny.IMAGE,))
-        decode = own.tokenizer.decode
-        assert decode(list(found.gap)) == "\n"
-        assert decode(list(found.tail)) == TAILS[template]
-        assert decode(list(found.header)).endswith("USER :" if template == VICUNA else "<|im_start|> user \n")
+        found = read_template(own)
+        assert found is not None
+        assert found.written
+        assert [re.sub(r"[\\\\ ]", "", gap) for gap in found.gaps] == ["\n"] * len(found.gaps)
+        assert [tail.strip() for tail in found.tails] == [TAILS[template].strip()]
+        assert found.answer == found.tails[0]
+        assert {
+            header.strip().endswith("USER :" if template == VICUNA else "<|im_start|> user") for header in found.headers
+        } == {True}
+
+    def test_learned_once(self, own: Any) -> None:
+        assert read_template(own) is read_template(own)
+        before = read_template(own)
+        own.chat_template = own.chat_template + "{{ ' .' }}"
+        assert read_template(own) is not before
 
     def test_a_broken_template_tells_nothing(self) -> None:
-        broken = processor("{{ raise_exception('no') }}")
-        assert read_template(broken, (tiny.IMAGE,)) is None
+        assert read_template(processor("{{ raise_exception('no') }}")) is None
 
     def test_no_image(self, own: Any) -> None:
-        found = read_template(own, (tiny.IMAGE,))
-        ids = [5, 6, 7, *found.tail]
-        assert find_question(ids, [False] * len(ids), found) == ((0, 3), len(found.tail))
+        ids = encode(own, [user("what is it?")])["input_ids"][0].tolist()
+        (start, stop), tail = find_question(ids, [False] * len(ids), read_template(own))
+        assert own.tokenizer.decode(ids[start:stop]) == "what is it ?"
+        assert stop + tail == len(ids)
 
-    def test_nothing_but_the_tail(self, own: Any) -> None:
-        found = read_template(own, (tiny.IMAGE,))
-        ids = [5, tiny.IMAGE, *found.gap, *found.tail]
-        span, tail = find_question(ids, [i == tiny.IMAGE for i in ids], found)
-        assert span[0] == span[1] == 2 + len(found.gap)
-        assert tail == len(found.tail)
+    def test_nothing_but_the_tail(self, own: Any, template: str) -> None:
+        ids = encode(own, [user("", 1)])["input_ids"][0].tolist()
+        (start, stop), tail = find_question(ids, [i == tiny.IMAGE for i in ids], read_template(own))
+        assert start == stop == len(ids) - tail
+        assert own.tokenizer.decode(ids[stop:]) == TAILS[template]
 
 
 class TestInTheEngine:
@@ -202,40 +224,8 @@ class TestInTheEngine:
                 engine_of(model).running(x) as call,
             ):
                 spans.append(call.prompt.query[0])
-        tail = len(read_template(own, (tiny.IMAGE,)).tail)
+        tail = len(own.tokenizer(TAILS[own.chat_template], add_special_tokens=False)["input_ids"])
         assert spans[0] == (spans[1][0] + 1, spans[1][1] - tail)
-
-
-class Word:
-    def __init__(self, text: str, idx: int, pos: str) -> None:
-        self.text, self.idx, self.pos_ = text, idx, pos
-
-
-def tagger(tags: dict[str, str]) -> Any:
-    """Stands for a spaCy pipeline: words split on spaces, tagged from a table."""
-
-    def tag(text: str) -> list[Word]:
-        words, at = [], 0
-        for text_of in text.split(" "):
-            words.append(Word(text_of, at, tags.get(text_of, "X")))
-            at += len(text_of) + 1
-        return words
-
-    return tag
-
-
-class TestContentTokens:
-    def test_words_and_all_their_occurrences(self) -> None:
-        own = processor()
-        ids = torch.tensor(own.tokenizer("the big dog and the small dog sits ?", add_special_tokens=False)["input_ids"])
-        flags = content_tokens(own, ids, tagger({"dog": "NOUN", "big": "ADJ", "sits": "VERB", "?": "PUNCT"}))
-        assert flags.tolist() == [False, True, True, False, False, False, True, True, False]
-
-    @pytest.mark.parametrize("pos", ["NOUN", "PROPN", "VERB", "ADJ", "ADV", "NUM"])
-    def test_informative_tags(self, pos: str) -> None:
-        own = processor()
-        ids = torch.tensor(own.tokenizer("the dog", add_special_tokens=False)["input_ids"])
-        assert content_tokens(own, ids, tagger({"dog": pos, "the": "DET"})).tolist() == [False, True]
 
 
 class TestScenesProcessor:

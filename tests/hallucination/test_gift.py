@@ -15,11 +15,11 @@ from torch import Tensor
 
 import vlm_attn
 from tests import tiny
-from tests.engine.test_chat import tagger
+from tests.engine.test_words import tagger
 from tests.helpers import ACTIVE, Inputs, close, differ, generate, logits, margins, on, same
 from tests.oracle import attentions, oracle
 from tests.processors import encode, processor, user
-from vlm_attn import chat, host
+from vlm_attn import host, words
 from vlm_attn.hallucination import Gift
 from vlm_attn.hallucination.gift import by_pairs, gaze_shift, saliency_map, top_heads
 from vlm_attn.kernels import Edit, edited_attention, one_hot_segments
@@ -355,14 +355,14 @@ class TestTwoPrefills:
 class TestContentWords:
     @pytest.fixture(autouse=True)
     def fresh(self) -> None:
-        chat._warn_once.cache_clear()
+        words._warn_once.cache_clear()
 
     def tag(self, monkeypatch: pytest.MonkeyPatch, tags: dict[str, str] | None) -> None:
-        monkeypatch.setattr(chat, "_tagger", lambda: None if tags is None else tagger(tags))
+        monkeypatch.setattr(words, "_tagger", lambda: None if tags is None else tagger(tags))
 
-    def run(self, x: Inputs, own: Any, words: str, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, x: Inputs, own: Any, which: str, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
         model, _ = tiny.llava()
-        with on(model, "gift", query_words=words, processor=own, **changes):
+        with on(model, "gift", query_words=which, processor=own, **changes):
             with engine_of(model).running(x) as call, torch.no_grad():
                 model(**x)
                 saliency = call.memory(engine_of(model).methods[0])["saliency"]
@@ -417,16 +417,27 @@ class TestContentWords:
         assert torch.equal(saliency, everything)
         same(tuple(run), tuple(wanted), 0.0)
 
-    @pytest.mark.parametrize("lacking", ["spaCy", "processor"])
-    def test_without_a_tagger(self, monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    def test_without_a_processor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x = encode(processor(), [user("is the dog red?", 1)])
+        self.tag(monkeypatch, {"dog": "NOUN"})
+        with pytest.warns(UserWarning, match="processor") as caught:
+            _, *run = self.run(x, None, "content")
+        assert len(caught) == 1
+        same(tuple(run), tuple(self.run(x, None, "all")[1:]), 0.0)
+
+    def test_without_a_tagger(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As installed: the list of function words gives what a tagger with the same opinion gives, without a warning."""
         own = processor()
         x = encode(own, [user("is the dog red?", 1)])
-        self.tag(monkeypatch, None if lacking == "spaCy" else {"dog": "NOUN"})
-        given = own if lacking == "spaCy" else None
-        with pytest.warns(UserWarning, match=lacking) as caught:
-            _, *run = self.run(x, given, "content")
-        assert len(caught) == 1
-        same(tuple(run), tuple(self.run(x, given, "all")[1:]), 0.0)
+        self.tag(monkeypatch, {"dog": "NOUN", "red?": "ADJ", "red": "ADJ"})
+        wanted = self.run(x, own, "content")
+        self.tag(monkeypatch, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            saliency, *run = self.run(x, own, "content")
+        assert torch.equal(saliency, wanted[0])
+        same(tuple(run), tuple(wanted[1:]), 0.0)
+        differ(self.run(x, own, "all")[2], run[1])
 
 
 @pytest.fixture(scope="module")

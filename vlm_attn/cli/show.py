@@ -359,6 +359,9 @@ def doctor() -> None:
         table.add_row(extra, fix if missing else "installed", purpose)
     console.print(table)
 
+    from vlm_attn.words import rule_in_use
+
+    console.print(f'Content words of a question (query_words="content"): {rule_in_use()}', soft_wrap=True)
     try:
         console.print(f"Bundled model: {evals_module('scenes').model_path()}", soft_wrap=True)
     except (ImportError, OSError) as error:

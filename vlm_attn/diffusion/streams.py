@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from vlm_attn import dropping, host
-from vlm_attn.chat import find_question
 from vlm_attn.families import image_token_ids
 from vlm_attn.kernels.masks import Mask, materialise
 from vlm_attn.layout import build_layout, visual_columns
 from vlm_attn.patching import find_decoder
+from vlm_attn.question import find_questions
 
 if TYPE_CHECKING:
     from vlm_attn.call import Call
@@ -173,12 +173,7 @@ def image_ids(config: Any) -> tuple[int, ...]:
 def _layout(model: Any, ids: Tensor, shown: Tensor) -> Tensor:
     """Groups ``[B, P]`` of a prompt, as far as it can be told without its template."""
     visual = visual_columns(ids, image_ids(model.config))
-    query, role = [], []
-    for row in range(len(ids)):
-        pad = int((shown[row] == 0).sum())
-        (start, stop), tail = find_question(ids[row, pad:].tolist(), visual[row, pad:].tolist(), None)
-        query.append((start + pad, stop + pad))
-        role.append(tail)
+    query, role = find_questions(ids, visual, (shown == 0).sum(1).tolist(), None)
     return build_layout(visual, shown, query, role, ()).group
 
 
