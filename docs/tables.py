@@ -117,7 +117,7 @@ def effect() -> Rows:
     head = ["", "setting (tried)", "CHAIR_S ↓", "CHAIR_I ↓", "recall ↑", "F1 ↑", "length", "distinct-1"]
     rows = [[*head, "POPE F1: random", "popular", "adversarial", "time"]]
     methods = found["methods"]
-    for label in [*EFFECTS, *(name for name in methods if name not in EFFECTS)]:
+    for label in [*(name for name in EFFECTS if name in methods), *(name for name in methods if name not in EFFECTS)]:
         chair, pope = (methods[label]["figures"].get(name, {}) for name in ("chair", "pope"))
         chosen = [
             f"{key} {value:g}" if isinstance(value, float | int) else f"{key} {value}"
