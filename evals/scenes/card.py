@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_attn.evals import prompts, runner, specs, stats, tasks
-from vlm_attn.kernels import Group
+from vlm_attn.evals import chair, prompts, runner, specs, stats, tasks
 
 from . import dataset, text, train, world
 
@@ -46,28 +46,75 @@ def quality(
         out: folder of the samples; a stopped run goes on from there.
 
     Returns:
-        `pope` and `chair` (metrics with intervals), `false_objects`, `named` and `exchanged`.
+        `pope` and `chair` (metrics with intervals), `prompt`, `captions` (their number), `false_objects`, `named`,
+        `by_sentence` and `exchanged`; for a model that also writes detailed captions all but `pope` again under
+        `detailed`.
     """
     data = dataset(split)
     baseline = specs.parse_specs(["baseline"], [], None)
-    answers: dict[str, list[dict[str, Any]]] = {}
+    styles = caption_styles(model)
+    jobs = {"pope": tasks.pope_task(data, limit=limit)}
+    for style, prompt in styles.items():
+        tokens = 192 if style == "detailed" else 64
+        jobs[style] = tasks.chair_task(data, limit=limit, max_new_tokens=tokens, prompt=prompt)
+    records: dict[str, list[dict[str, Any]]] = {}
     metrics: dict[str, Any] = {}
     with TemporaryDirectory() as temporary:
-        for task in (tasks.pope_task(data, limit=limit), tasks.chair_task(data, limit=limit, max_new_tokens=64)):
-            folder = (out or Path(temporary)) / task.name
+        for name, task in jobs.items():
+            folder = (out or Path(temporary)) / (task.name if len(styles) == 1 else name)
             found = runner.run(task, baseline, model, processor, model_name="scenes", batch_size=batch_size, out=folder)
             if found["status"] != "complete":
                 raise KeyboardInterrupt
-            metrics[task.name] = found["metrics"]["baseline"]
-            answers[task.name] = runner.read_records(folder / "samples.jsonl")
-    captions = {r["image_id"]: {m["category"] for m in r["score"]["mentions"]} for r in answers["chair"]}
+            metrics[name] = found["metrics"]["baseline"]
+            records[name] = runner.read_records(folder / "samples.jsonl")
+    found_in = {}
+    for style in styles:
+        captions = {r["image_id"]: {m["category"] for m in r["score"]["mentions"]} for r in records[style]}
+        found_in[style] = {
+            "prompt": styles[style],
+            "chair": next(iter(metrics[style].values())),
+            "captions": len(captions),
+            **caption_errors(captions),
+            "by_sentence": by_sentence(records[style]),
+        }
+        if len(found_in) == 1:
+            found_in[style]["exchanged"] = exchanged(model, processor, captions, batch_size)
+    first, *others = found_in
     return {
         "pope": {name: metrics["pope"][name] for name in ("random", "popular", "adversarial")},
-        "chair": next(iter(metrics["chair"].values())),
-        "captions": len(captions),
-        **caption_errors(captions),
-        "exchanged": exchanged(model, processor, captions, batch_size),
+        **found_in[first],
+        **{style: found_in[style] for style in others},
     }
+
+
+def caption_styles(model: Any) -> dict[str, str]:
+    """The styles of captions a model was trained to write, and the prompt that asks for each; the first is short."""
+    return getattr(model.config, "caption_prompts", None) or {"short": chair.PROMPT}
+
+
+def by_sentence(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """CHAIR_I of the mentions in the first, second, ... sentence of captions, with intervals over captions.
+
+    Args:
+        records: of the CHAIR task: `answer`, and `score` with the mentions.
+    """
+    counts: list[list[tuple[int, int]]] = []  # per sentence and caption: hallucinated mentions, all mentions
+    for number, record in enumerate(records):
+        ends = [match.end() for match in re.finditer(r"[.!?](?:\s|$)", record["answer"])]
+        for mention in record["score"]["mentions"]:
+            place = sum(end <= mention["start"] for end in ends)
+            while len(counts) <= place:
+                counts.append([(0, 0)] * len(records))
+            wrong, total = counts[place][number]
+            counts[place][number] = (wrong + mention["hallucinated"], total + 1)
+    return [
+        {
+            "sentence": place,
+            "mentions": sum(total for _, total in pairs),
+            "chair_i": stats.ratio([wrong for wrong, _ in pairs], [total for _, total in pairs]),
+        }
+        for place, pairs in enumerate(counts, 1)
+    ]
 
 
 def caption_errors(captions: dict[int, set[str]]) -> dict[str, Any]:
@@ -152,12 +199,40 @@ def touched(boxes: Sequence[Sequence[int]], grid: int) -> np.ndarray:
     return out.flatten()
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A caption prompt with a reference caption behind it: token ids, and the column where each category's name begins."""
+
+    ids: list[int]
+    columns: dict[str, int]
+
+
+def _row(processor: Any, scene: world.Scene, prompt: str, visual_tokens: int) -> _Row:
+    tokenizer, image = processor.tokenizer, processor.image_token
+    asked = prompts.chat_prompt(processor, prompt).replace(image, image * visual_tokens)
+    said = world.captions(scene)[0]
+    # As the model was taught to write: the scenes model's tokenizer knows no capitals.
+    said = said[0].upper() + said[1:] + tokenizer.eos_token
+    found = tokenizer(asked + said, return_offsets_mapping=True)
+    # A token ends behind the first letter of the name: a space in front of it may belong to the token.
+    names = "|".join(sorted(map(re.escape, world.CATEGORIES), key=len, reverse=True))  # "hot dog" before "dog"
+    begin = {
+        match.group().lower(): len(asked) + match.start() for match in re.finditer(rf"\b(?:{names})\b", said, re.I)
+    }
+    ends = [high for _, high in found["offset_mapping"]]
+    columns = {c: next(i for i, end in enumerate(ends) if end > begin[c]) for c in scene.categories}
+    return _Row(found["input_ids"], columns)
+
+
 @torch.inference_mode()
-def attention(model: Any, split: str, *, limit: int | None = None, batch_size: int = 25) -> dict[str, Any]:
+def attention(
+    model: Any, processor: Any, split: str, *, limit: int | None = None, batch_size: int = 25
+) -> dict[str, Any]:
     """How the language model's attention is spread over the prompt, and which heads look where they name.
 
     Args:
-        model: an unpatched scenes model; it runs with eager attention meanwhile.
+        model: an unpatched model of the scenes world; it runs with eager attention meanwhile.
+        processor: its processor.
         split: "validation" or "test".
         limit: number of scenes; default all 500.
         batch_size: scenes of one forward.
@@ -173,7 +248,7 @@ def attention(model: Any, split: str, *, limit: int | None = None, batch_size: i
     config = model.config.get_text_config()
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    coder = train.Coder(grid**2)
+    prompt = next(iter(caption_styles(model).values()))
     count = min(limit or 500, world.SPLITS[split] or 500)
     scenes = [world.scene(split, i) for i in range(count)]
     hits = np.zeros((count, layers, heads))
@@ -190,22 +265,23 @@ def attention(model: Any, split: str, *, limit: int | None = None, batch_size: i
     try:
         for start in range(0, count, batch_size):
             part = scenes[start : start + batch_size]
-            words = [coder.row([(text.CAPTION_PROMPTS[0], world.captions(s)[0])]) for s in part]
-            batch = coder.batch(words)
+            words = [_row(processor, s, prompt, grid**2) for s in part]
+            length = max(len(row.ids) for row in words)
+            ids = torch.tensor([row.ids + [0] * (length - len(row.ids)) for row in words])
             pictures = torch.from_numpy(
                 np.stack([train.pixels(s, model.config.vision_config.image_size) for s in part])
             )
-            groups = batch["groups"]
-            states.seen = groups != Group.PAD
+            sizes = torch.tensor([len(row.ids) for row in words])
+            states.seen = torch.arange(length) < sizes[:, None]
             maps = model(
-                input_ids=batch["ids"].to(model.device),
+                input_ids=ids.to(model.device),
                 attention_mask=states.seen.long().to(model.device),
                 pixel_values=train.normalise(pictures).to(model.device),
                 output_attentions=True,
             ).attentions
             maps = torch.stack(maps).float().cpu()  # [layers, B, heads, L, L]
-            visual = groups[0] == Group.VISUAL  # the same columns in every row: padding is on the right
-            asked = (groups == Group.QUERY) | (groups == Group.ROLE) | (groups == Group.GENERATED)
+            visual = ids[0] == model.config.image_token_id  # the same columns in every row: padding is on the right
+            asked = states.seen & (torch.arange(length) > visual.nonzero().max())
             on_image = maps[..., visual].sum(-1).mean(2)  # [layers, B, L]
             on_bos = maps[..., 0].mean(2)
             mass["bos_text"] += on_bos[:, asked].sum(1).numpy()
@@ -213,13 +289,11 @@ def attention(model: Any, split: str, *, limit: int | None = None, batch_size: i
             text_rows += int(asked.sum())
             for i, s in enumerate(part):
                 other = scenes[(start + i + 1) % count]
-                answer = int((groups[i] == Group.GENERATED).nonzero()[0])
-                tokens = coder.tokenizer.convert_ids_to_tokens(words[i].ids)
+                columns = words[i].columns
                 patches = {
                     c: touched([b for o, b in zip(s.objects, s.boxes, strict=True) if o.category == c], grid)
                     for c in s.categories
                 }
-                columns = {c: tokens.index(c, answer) for c in s.categories}
                 for place, (name, boxes) in enumerate(patches.items()):
                     if not boxes.any():
                         continue  # nothing of it can be seen
@@ -357,7 +431,7 @@ def measure(
         "weights": runner.weights_hash(model),
         "versions": runner.versions(),
         "quality": quality(model, processor, split, limit=limit, batch_size=batch_size, out=out),
-        "attention": attention(model, split, limit=limit),
+        "attention": attention(model, processor, split, limit=limit),
     }
 
 
@@ -379,15 +453,30 @@ def markdown(card: dict[str, Any]) -> str:
     for name, m in quality["pope"].items():
         values = (f"{m[key]['value']:.1f}" for key in ("precision", "recall", "yes_ratio"))
         lines.append(f"| {name} | {cell(m['accuracy'])} | {' | '.join(values)} |")
-    chair = quality["chair"]
-    lines += [
-        "",
-        "| CHAIR_S | CHAIR_I | recall | tokens per caption |",
-        "|---|---|---|---|",
-        f"| {cell(chair['chair_s'])} | {cell(chair['chair_i'])} | {cell(chair['recall'])} | "
-        f"{chair['length']['value']:.1f} |",
-        "",
-    ]
+    styles = {"short": quality} | {name: quality[name] for name in ("detailed",) if name in quality}
+    rows = [["CHAIR_S", "CHAIR_I", "recall", "tokens per caption"]]
+    for measured in styles.values():
+        m = measured["chair"]
+        rows.append([cell(m["chair_s"]), cell(m["chair_i"]), cell(m["recall"]), f"{m['length']['value']:.1f}"])
+    if len(styles) > 1:
+        rows = [[first, *row] for first, row in zip(["captions", *styles], rows, strict=True)]
+    lines += ["", f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    lines += [*(f"| {' | '.join(row)} |" for row in rows[1:]), ""]
+    if "detailed" in styles:
+        lines += [
+            "Detailed captions by sentence (the first one names no object):",
+            "",
+            "| sentence | objects named | CHAIR_I |",
+            "|---|---|---|",
+            *(
+                f"| {m['sentence']} | {m['mentions']} | {cell(m['chair_i'], 100)} |"
+                for m in styles["detailed"]["by_sentence"]
+            ),
+            "",
+            f'The short captions were asked for with "{quality["prompt"]}", the detailed ones with '
+            f'"{styles["detailed"]["prompt"]}" Of the short ones:',
+            "",
+        ]
     false, named, other = quality["false_objects"], quality["named"], quality["exchanged"]
     missing, complete = false["in_captions_that_miss_an_object"], false["in_captions_that_miss_none"]
     kinds = ", ".join(f"{v['share']:.0%} of the {v['objects']} {kind}" for kind, v in named.items())

@@ -51,7 +51,7 @@ def test_caption_errors_by_hand():
 
 def test_heads_of_a_planted_attention(loaded, monkeypatch):
     """A model whose head 1.2 always looks at the object it will name, and whose other heads look at the first patch."""
-    model, _ = loaded
+    model, processor = loaded
     real = type(model).forward
     coder = train.Coder(64)
     some = [world.scene("validation", i) for i in range(4)]
@@ -79,7 +79,7 @@ def test_heads_of_a_planted_attention(loaded, monkeypatch):
         return out
 
     monkeypatch.setattr(type(model), "forward", forward)
-    found = card.attention(model, "validation", limit=4)
+    found = card.attention(model, processor, "validation", limit=4)
     assert (found["top"][0]["layer"], found["top"][0]["head"]) == (1, 2)
     assert found["top"][0]["hits"]["value"] == 1 == found["top"][0]["remaining"]["value"]
     assert found["heads"][1][2] == 1
@@ -130,6 +130,43 @@ def test_heads_look_where_they_name(small):
     assert shares == sorted(shares, reverse=True)
     for layer in found["layers"]:
         assert 0 < layer["bos_text"] < layer["bos_text"] + layer["visual_text"] < 1
+
+
+def test_rows_are_read_as_the_trainer_writes_them(loaded):
+    _, processor = loaded
+    coder = train.Coder(64)
+    for index in range(40):
+        scene = world.scene("validation", index)
+        row = card._row(processor, scene, text.CAPTION_PROMPTS[0], 64)
+        assert row.ids == coder.row([(text.CAPTION_PROMPTS[0], world.captions(scene)[0])]).ids
+        tokens = processor.tokenizer.convert_ids_to_tokens(row.ids)
+        assert {name: tokens[column] for name, column in row.columns.items()} == {c: c for c in scene.categories}
+
+
+def test_false_objects_by_sentence():
+    def mention(caption, word, wrong):
+        return {"start": caption.index(word), "hallucinated": wrong}
+
+    one, two = "A farm. A cat is here. A dog is there and a cow.", "A dog. A cat."
+    records = [
+        {"answer": one, "score": {"mentions": [mention(one, "cat", 0), mention(one, "dog", 1), mention(one, "cow", 0)]}},
+        {"answer": two, "score": {"mentions": [mention(two, "dog", 0), mention(two, "cat", 1)]}},
+    ]
+    found = card.by_sentence(records)
+    assert [(m["sentence"], m["mentions"], m["chair_i"]["value"]) for m in found] == [(1, 1, 0), (2, 2, 0.5), (3, 2, 0.5)]
+
+
+def test_a_model_with_two_styles_is_measured_at_both(loaded, monkeypatch):
+    model, processor = loaded
+    styles = {"short": "What is in the image?", "detailed": text.CAPTION_PROMPTS[0]}
+    monkeypatch.setattr(model.config, "caption_prompts", styles, raising=False)
+    found = card.measure(model, processor, "validation", limit=3)
+    assert found["quality"]["prompt"] == styles["short"]
+    assert found["quality"]["detailed"]["captions"] == 3
+    shown = card.markdown(found)
+    assert "| short |" in shown
+    assert "| detailed |" in shown
+    assert "Detailed captions by sentence" in shown
 
 
 def test_quality_is_what_eval_says(small, loaded):
