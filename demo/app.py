@@ -38,6 +38,7 @@ from vlm_attn.demo.studio import (  # noqa: E402
     open_upload,
     scene_picture,
 )
+from vlm_attn.evals.models import caption_tokens  # noqa: E402
 from vlm_attn.evals.scenes import CATEGORIES  # noqa: E402
 
 AT_ONCE = 2  # visitors who are served at the same time; the others wait in the queue
@@ -134,6 +135,8 @@ def build(studio: Studio) -> gr.Blocks:
     start = link.START
     if studio.denoises:
         start = link.State(methods=("baseline", "late_step"), tokens=CANVAS, steps=CANVAS // 2)
+    elif studio.name == "scenes-smol":  # its captions are longer, and gift's constants are not known for it
+        start = link.State(methods=("baseline", "pai"), tokens=caption_tokens(studio.name) or start.tokens)
     scene_model = studio.name.startswith("scenes")
 
     def picture_of(path: str | None, scene: float | None) -> Picture:

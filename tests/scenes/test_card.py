@@ -149,11 +149,18 @@ def test_false_objects_by_sentence():
 
     one, two = "A farm. A cat is here. A dog is there and a cow.", "A dog. A cat."
     records = [
-        {"answer": one, "score": {"mentions": [mention(one, "cat", 0), mention(one, "dog", 1), mention(one, "cow", 0)]}},
+        {
+            "answer": one,
+            "score": {"mentions": [mention(one, "cat", 0), mention(one, "dog", 1), mention(one, "cow", 0)]},
+        },
         {"answer": two, "score": {"mentions": [mention(two, "dog", 0), mention(two, "cat", 1)]}},
     ]
     found = card.by_sentence(records)
-    assert [(m["sentence"], m["mentions"], m["chair_i"]["value"]) for m in found] == [(1, 1, 0), (2, 2, 0.5), (3, 2, 0.5)]
+    assert [(m["sentence"], m["mentions"], m["chair_i"]["value"]) for m in found] == [
+        (1, 1, 0),
+        (2, 2, 0.5),
+        (3, 2, 0.5),
+    ]
 
 
 def test_a_model_with_two_styles_is_measured_at_both(loaded, monkeypatch):

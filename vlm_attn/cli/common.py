@@ -173,8 +173,9 @@ def main() -> None:
 
 
 def usual(model: str, *methods: str) -> list[str]:
-    """The runs without --method; constants of gift and var are not known for the diffusion sibling."""
-    return [methods[0]] if model == "scenes-diffusion" else list(methods)
+    """The runs without --method; constants of gift and var are not known for every bundled model."""
+    known = {"scenes-diffusion": methods[:1], "scenes-smol": (methods[0], "pai")}
+    return list(known.get(model, methods))
 
 
 def load_model(console: Any, model: str, *, load_in_4bit: bool, load_in_8bit: bool, **options: Any) -> tuple[Any, Any]:
