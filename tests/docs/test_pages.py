@@ -97,6 +97,14 @@ def test_every_method_has_its_line(page: str) -> None:
     assert sorted(named) == sorted(registry.METHODS)
 
 
+def test_every_method_is_for_something() -> None:
+    """The page of goals leaves no method out, and names none that is not there."""
+    goals, _, costs = (DOCS / "choose.md").read_text(encoding="utf-8").partition("## By cost")
+    named = re.findall(r"`(\w+)`", goals)
+    assert set(named) == set(registry.METHODS)
+    assert set(re.findall(r"`(\w+)`", costs)) <= set(registry.METHODS)
+
+
 def test_links_lead_somewhere() -> None:
     """Relative links of every page, as a reader of the repository follows them."""
     for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("evals/scenes/model*/README.md")]:
