@@ -494,3 +494,21 @@ class TestWrong:
 
 def test_every_method_is_tried_here() -> None:
     assert set(METHODS) == {n for n in vlm_attn.methods() if issubclass(method_class(n), HeadMethod)}
+
+
+def test_letting_columns_go_keeps_no_tokens_of_an_image() -> None:
+    """Heads that stream let columns leave the cache, in a later turn from its beginning on: nothing `kept` could tell of."""
+    model, inputs = built("llava")
+    x = inputs([PROMPTS[0]], seed=SEED)
+    duo = Duo(gates=[[0.5, 0.5]] * 4, sparsity=1.0, sink=2, recent=4)
+    with vlm_attn.patched(model, duo), torch.no_grad():
+        out = model.generate(**x, max_new_tokens=40, do_sample=False, return_dict_in_generate=True, **TEXT)
+        cache = host.cache_of(out)
+        held = cache.layers[0].keys.shape[2]
+        assert held < out.sequences.shape[1] - 10, "nothing has left the cache"
+        ids = torch.cat([out.sequences, torch.full((1, 3), 7)], 1)
+        second = {"input_ids": ids, "attention_mask": torch.ones_like(ids), host.CACHE: cache}
+        for turn in (lambda: None, lambda: model.generate(**second, max_new_tokens=2, do_sample=False, **TEXT)):
+            turn()
+            with pytest.raises(ValueError, match="no such method is active"):
+                vlm_attn.kept(model)
