@@ -91,8 +91,8 @@ class Ilvad(Method):
         return at_depth(self, facts, 5, 26)
 
     def start(self, call: Call, processor: Any) -> None:
-        """A later turn needs the map of the call that filled its cache."""
-        if call.first and (call.earlier is None or "saliency" not in call.earlier.memory(self)):
+        """A later turn needs the map of the call that filled its cache; text alone can be read again."""
+        if call.image_in_cache and (call.earlier is None or "saliency" not in call.earlier.memory(self)):
             raise unknown_turn(self, "its evidence is")
 
     def rehearse(self, run: Run) -> None:
@@ -102,7 +102,7 @@ class Ilvad(Method):
         generated text; W = 1, with ``code_parity`` the number of layers.
         """
         call, memory = run.call, run.call.memory(self)
-        if call.first:  # what the first turn wrote, and this turn's question, count like generated text
+        if call.image_in_cache:  # what the first turn wrote, and this turn's question, count like generated text
             known = call.earlier.memory(self)  # type: ignore[union-attr]
             memory["later"] = known["later"]
             for name, rest in (("saliency", torch.zeros_like(known["later"][0])), ("weight", known["later"])):

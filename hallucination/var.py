@@ -7,6 +7,7 @@ is given to the other image tokens, in proportion to what these already get.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -113,8 +114,9 @@ class Var(Method):
         return replace(self, layers=self.layers or tuple(default))
 
     def start(self, call: Call, processor: Any) -> None:
-        """Sinks among columns that are already cached must be known from the call that cached them."""
-        if call.first and (call.earlier is None or self not in call.earlier.methods):
+        """Sinks among columns that are already cached must be known from the call that cached them; those of text alone can be
+        looked up."""
+        if call.image_in_cache and (call.earlier is None or self not in call.earlier.patched):
             raise unknown_turn(self, "its sink tokens are")
 
     def read_tokens(self, hidden: Tensor) -> Tensor:
@@ -124,10 +126,14 @@ class Var(Method):
 
     def rehearse(self, run: Run) -> None:
         """The direction detector needs every layer to know where the first token is a sink: a plain forward of the prompt."""
-        if self.detector == "dimension":
-            return
         call, memory = run.call, run.call.memory(self)
-        if call.first:  # a later turn keeps the sinks of the first
+        patched = call.earlier is not None and self in call.earlier.patched
+        if self.detector == "dimension":
+            if call.first and not patched:
+                self.look_up(run)
+            return
+        if call.first and patched and "sinks" in call.earlier.memory(self):  # type: ignore[union-attr]
+            # a later turn keeps the sinks of the first
             known = call.earlier.memory(self)["sinks"][..., : call.first]  # type: ignore[union-attr]
             memory["sinks"] = torch.nn.functional.pad(known, (0, call.prompt.length - known.shape[2]))
             return
@@ -135,6 +141,25 @@ class Var(Method):
         find = ByDirection(cosine=self.cosine)
         layers: Any = run.engine.text_model.layers
         memory["sinks"] = find.find(layer_states(layers, find, first, lambda: look(run, run.inputs)), first)
+
+    def look_up(self, run: Run) -> None:
+        """Read the text that the plain model has put into the cache, where no image stands, once more."""
+        call, layers = run.call, run.engine.text_model.layers
+        handles = [
+            layer.register_forward_pre_hook(partial(self._read, call, number), with_kwargs=True)  # type: ignore[union-attr]
+            for number, layer in enumerate(layers)  # type: ignore[arg-type]
+        ]
+        run.engine.handles += handles
+        try:
+            look(run, run.inputs)
+        finally:
+            for handle in handles:
+                run.engine.handles.remove(handle)
+                handle.remove()
+
+    def _read(self, call: Call, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        call.store_tokens(self, layer, self.read_tokens(hidden), at=0)
 
     def sinks(self, call: Call, layer: int) -> Tensor | None:
         """``[B, P]`` which of the prompt's columns are sinks of a layer; None where it has not run."""

@@ -86,9 +86,10 @@ class Vhr(Method):
         if not call.first:
             return
         known = call.earlier.memory(self) if call.earlier is not None else {}
-        if "heads" not in known:
+        if "heads" in known:
+            call.memory(self)["heads"] = known["heads"]
+        elif call.image_in_cache or (self.rows == "all" and (call.earlier is None or self not in call.earlier.patched)):
             raise unknown_turn(self, "its heads are")
-        call.memory(self)["heads"] = known["heads"]
 
     def rehearse(self, run: Run) -> None:
         """Choose the heads of every layer: ``[B, H]`` bool."""
@@ -181,7 +182,7 @@ def token_divergence(model: Any, inputs: Mapping[str, Any], answer: Sequence[int
         ``[T, L, H]`` float32 on the CPU, of the rows that the tokens were read from. Both streams are shown the answer.
 
     Raises:
-        ValueError: more than one prompt, no answer, the model is patched.
+        ValueError: more than one prompt, no image, no answer, the model is patched.
     """
     whole = with_answer(inputs, answer)
     found: list[Tensor] = []
@@ -194,6 +195,8 @@ def token_divergence(model: Any, inputs: Mapping[str, Any], answer: Sequence[int
     with patched(model, Vhr()):
         engine = engine_of(model)
         with engine.running(whole) as call:
+            if not call.prompt.images:
+                raise ValueError("the prompt has no image, so no head's output depends on one")
             forward_twice(Run(engine, model, call, whole), tap)
     return torch.stack(found, 1)
 

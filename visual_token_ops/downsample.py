@@ -29,8 +29,20 @@ class Downsample(Reducer):
     paper: ClassVar[str] = "baseline of VTC-Bench, arXiv 2510.07143"
 
     def start(self, call: Call, processor: Any) -> None:
-        """Refuse images without a grid."""
+        """Refuse images without a grid, or with one that another method has made holes in."""
         super().start(call, processor)
+        before = [m for m in call.methods[: call.methods.index(self)] if isinstance(m, Reducer)]
+        sizes = {image.stop - image.start for image in call.prompt.images}
+        taken = [
+            m.name
+            for m in before
+            if any(at == 0 and m.left(n, size) < size for n, at in enumerate(m.stages) for size in sizes)
+        ]
+        if taken:
+            raise ValueError(
+                f"downsample averages a whole grid of tokens, and {'+'.join(taken)} takes some away before it: put downsample "
+                "first, or choose one of them"
+            )
         for number, image in enumerate(call.prompt.images):
             (h, w), tokens = image.grid, image.stop - image.start
             if h * w != tokens or min(h, w) == 1:

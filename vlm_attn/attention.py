@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 TAG = "_vlm_attn"
 ROWS_AT_ONCE = 64  # prompt rows edited per step: bounds the [B, H, rows, S] scores
+ALONE = (
+    "an attention layer of a patched model ran outside a call, so the prompt it belongs to is unknown: it was called on its "
+    "own, or a backward pass ran it again (activation checkpointing). Run the whole model, or unpatch it"
+)
 REFUSED = {
     "s_aux": "attention sinks as parameters",
     "position_bias": "a position bias",
@@ -86,8 +90,13 @@ def vlm_attention(
 
     if tag is not None and tag.engine.tap is not None and not (tag.canvas and call is None):
         return _tapped(tag, tag.engine.tap, plain, query, key, attention_mask, scale, kwargs.get("softcap"))
+    if tag is not None and call is None and not tag.canvas and tag.engine.active:
+        tag.engine.look()
+        raise RuntimeError(ALONE)
     if tag is None or call is None or call.mode == "other":
         return plain()
+    if not call.done:
+        call.reached.add(tag.layer)
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"vlm_attn cannot edit attention with {what} ({name}=)")
@@ -207,6 +216,9 @@ class _Layer:
             front = rows - call.open.shape[1]
             wanted = nn.functional.pad(call.open, (front, 0), value=True)[:, None, :, None]
             out = out.where(wanted, self.plain()[0].transpose(1, 2))
+        if call.blind is not None:
+            blind = call.rows_without_image(out.device)[:, None, None, None]
+            out = self.plain()[0].transpose(1, 2).where(blind, out)
         return self.scaled(out.transpose(1, 2).contiguous())
 
     def paired(self, pairing: Pairing) -> Tensor:

@@ -58,9 +58,11 @@ class Run:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """The tensors the model's forward gets, positions left out (they follow from the mask)."""
+        """The tensors of the prompt that the model's forward gets. Left out are positions, which follow from the mask, and what
+        asks for something (``labels``): nobody asks it of a second forward."""
         known = signature(type(host.prompt_reader(self.model)).forward).parameters
-        given = {k: v for k, v in self.options.items() if isinstance(v, Tensor) and k in known and k != "position_ids"}
+        own = {"position_ids", "labels", "logits_to_keep"}
+        given = {k: v for k, v in self.options.items() if isinstance(v, Tensor) and k in known and k not in own}
         if given.get("attention_mask") is None:
             tokens = given.get("input_ids", given.get("inputs_embeds"))
             assert tokens is not None
@@ -93,17 +95,17 @@ class Decoding(Method):
 
         Raises:
             NotImplementedError: another model's guesses, a custom strategy.
-            ValueError: a cache that holds earlier columns, ``inputs_embeds``.
+            ValueError: a cache that holds an image, ``inputs_embeds``.
         """
         for name, what in (("assistant_model", "an assistant model"), ("custom_generate", "a custom strategy")):
             if run.options.get(name) is not None:
                 raise NotImplementedError(f"{self.name} does not work with {what}: leave out {name}=")
         if not isinstance(run.options.get("input_ids"), Tensor):
             raise ValueError(f"{self.name} needs the prompt's tokens: pass input_ids, not inputs_embeds")
-        if run.call.first:
+        if run.call.image_in_cache:  # text can be read again, from the tokens
             raise ValueError(
-                f"{self.name} cannot go on with a cache that holds {run.call.first} columns: pass the whole conversation "
-                "and no cache"
+                f"{self.name} cannot go on with a cache that holds {run.call.first} columns, an image among them: pass the "
+                "whole conversation and no cache"
             )
 
     @contextmanager
@@ -153,7 +155,15 @@ class Branch(Decoding):
         if not self.after_prompt:
             stream()
         with encoded_once(run.model) if self.same_image else nullcontext(), paired(run.engine):
-            yield with_processor(run, Contrast(lambda ids, scores: self.combine(scores, stream().logits(ids))))
+            yield with_processor(run, Contrast(lambda ids, scores: self.seeing(run, scores, stream().logits(ids))))
+
+    def seeing(self, run: Run, main: Tensor, second: Tensor) -> Tensor:
+        """:meth:`combine` in the rows that have an image."""
+        combined = self.combine(main, second)
+        if run.call.blind is None:
+            return combined
+        blind = run.call.blind.to(main.device).repeat_interleave(len(main) // len(run.call.blind), 0)
+        return main.where(blind[:, None], combined)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,12 +287,14 @@ class Stream:
     def _start(self, input_ids: Tensor) -> None:
         positions = host.prompt_positions(self.model, self.inputs)
         first = self._forward(self.inputs, positions)
+        self.mask = self.inputs["attention_mask"]
         times = len(input_ids) // len(first)
         self.samples, self.prompt, self.read = len(first), input_ids.shape[1], input_ids[:, :0]
         self.first, self.mask = first.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0)
         self.last = positions[..., -1:].repeat_interleave(times, -2)
-        self.cache.batch_repeat_interleave(times)
-        self.inputs = {}
+        host.repeat_rows(self.cache, times)
+        if host.can_rewind(self.cache):
+            self.inputs = {}
         if self.paired:
             self.engine.pairing = Pairing(self)
 
@@ -301,7 +313,11 @@ class Stream:
         rows = source + torch.arange(self.samples, device=source.device)[:, None] * size[1]
         self.cache.reorder_cache(rows.flatten())  # type: ignore[arg-type]
         keep = int(length.min())
-        if known > keep:
+        if known > keep and not host.can_rewind(self.cache):  # read it all again
+            self.cache, self.paired = host.new_cache(self.engine.text_config), False
+            self._start(torch.cat([decoded.new_zeros(len(decoded), self.prompt), decoded[:, :0]], 1))
+            keep = 0
+        elif known > keep:
             host.rewind(self.cache, known - keep)
         self.read = decoded[:, :keep]
 

@@ -29,10 +29,12 @@ class PromptMask:
     Attributes:
         mask: the mask.
         group: ``[B, P]`` of the prompt; columns behind it are GENERATED.
+        blind: ``[B]`` bool: rows of the batch that stay causal, None = none.
     """
 
     mask: Mask
     group: Tensor
+    blind: Tensor | None = None
     _patterns: dict[Any, Pattern] = field(default_factory=dict)
     _written: dict[Any, Tensor] = field(default_factory=dict)
 
@@ -40,6 +42,13 @@ class PromptMask:
         """``[B, 1, R, length]`` bool: what rows at the columns ``[R]`` or ``[B, R]`` see of the first ``length`` columns."""
         group = extended(self.group.to(columns.device), max(length, int(columns.max()) + 1), int(Group.GENERATED))
         seen = materialise(self.mask, group, rows=columns)[..., :length]
+        if self.blind is not None:
+            causal = torch.arange(length, device=columns.device) <= columns[..., None]
+            real = (group[:, :length] != Group.PAD)[:, None, None]
+            seen = seen.where(
+                ~self.blind.to(seen.device)[:, None, None, None],
+                (causal[:, None] if causal.ndim == 3 else causal) & real,
+            )
         # Padded rows are never read; they see something, so that no softmax runs over nothing.
         return seen | (group.gather(1, columns.expand(len(group), -1)) == Group.PAD)[:, None, :, None]
 
@@ -69,6 +78,8 @@ class Call:
     Attributes:
         prompt: layout of the prompt as it was given, one row per sample.
         methods: the methods that are applied.
+        patched: those of the model; without an image, some of them leave the prompt alone.
+        blind: ``[B]`` bool: which rows have no image, where others have one; no edit changes them. None = all are alike.
         input_ids: ``[B, P]`` ids of the prompt, None for ``inputs_embeds``.
         mode: ``"prompt"`` while prompt rows run, ``"edited"`` once every row of a forward is edited, ``"other"`` in a forward
             that is not this call's.
@@ -93,10 +104,13 @@ class Call:
         pictures: what a method saw of each image that keeps fewer tokens at later steps.
         seen: what was read of each layer of the vision tower, a part for each of its runs.
         pixels: the pictures' pixel values, while methods check the prompt.
+        reached: layers whose attention ran in this forward, while the prompt runs.
     """
 
     prompt: TokenLayout
     methods: tuple[Method, ...] = ()
+    patched: tuple[Method, ...] = ()
+    blind: Tensor | None = None
     input_ids: Tensor | None = None
     mode: Mode = "prompt"
     done: bool = False
@@ -120,6 +134,7 @@ class Call:
     pictures: dict[int, tuple[Reducer, Picture]] = field(default_factory=dict)
     seen: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     pixels: Tensor | None = None
+    reached: set[int] = field(default_factory=set)
     _layouts: dict[int, TokenLayout] = field(default_factory=dict)
     _memory: dict[str, dict[Any, Any]] = field(default_factory=dict)
     _rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -131,6 +146,17 @@ class Call:
         if self.batch not in self._layouts:
             self._layouts[self.batch] = self.prompt.expand(self.batch)
         return self._layouts[self.batch]
+
+    @property
+    def image_in_cache(self) -> bool:
+        """Whether an image stands among the columns that were in the cache when the call began."""
+        return any(image.start < self.first for image in self.prompt.images)
+
+    def rows_without_image(self, device: torch.device | None = None) -> Tensor:
+        """``[B]`` bool: the same as ``blind``, of the rows that run now."""
+        assert self.blind is not None
+        blind = self.blind.repeat_interleave(self.batch // len(self.blind), 0)
+        return blind if device is None else blind.to(device)
 
     def memory(self, method: Method) -> dict[Any, Any]:
         """Where a method keeps its results for the length of the call."""
@@ -205,8 +231,8 @@ class Call:
         """Attention rows by layer, as :meth:`~vlm_attn.method.Method.prompt_read` gets them."""
         return {layer: rows for (name, layer), rows in self._rows.items() if name == method.name}
 
-    def store_tokens(self, method: Method, layer: int, values: Tensor) -> None:
-        """Keep one value per token ``[B, Q]`` of this forward."""
+    def store_tokens(self, method: Method, layer: int, values: Tensor, at: int | None = None) -> None:
+        """Keep one value per token ``[B, Q]`` of this forward, or of the columns from ``at`` on."""
         key, values = (method.name, layer), values.to(self.prompt.group.device)
         if key not in self._tokens or self._tokens[key].shape[0] != values.shape[0]:
             self._tokens[key] = values.new_zeros(values.shape[0], self.prompt.length)
@@ -215,7 +241,7 @@ class Call:
                 if known is not None and known.shape[0] == values.shape[0]:
                     width = min(self.first, known.shape[1])
                     self._tokens[key][:, :width] = known[:, :width]
-        start = int(self.past)
+        start = int(self.past) if at is None else at
         stop = min(start + values.shape[1], self.prompt.length)
         if start < stop:
             self._tokens[key][:, start:stop] = values[:, : stop - start]

@@ -510,9 +510,9 @@ def _look_ahead(
     hidden: Tensor,
     kwargs: Mapping[str, Any],
 ) -> None:
-    """Read the attention that a layer would pay if nothing were taken away before it: its keys, and the queries of the rows
-    that are read."""
-    state.layers[layer] = state.layers[layer - 1] if layer else _layer_keys(call, state, 0)
+    """Read the attention that a layer would pay if this method took nothing away before it: its keys, and the queries of the
+    rows that are read. Methods that choose first have chosen."""
+    state.layers[layer] = _layer_keys(call, state, layer)
     arguments = _gathered(state, dict(kwargs))
     mask = arguments.get("attention_mask")
     arguments["attention_mask"] = _layer_mask(engine, call, state, module, layer, mask, hidden, None)
@@ -520,7 +520,7 @@ def _look_ahead(
     rows, _ = call.find_rows(method.read_rows(call))
     call.ahead = method
     try:
-        with _few_rows(module.self_attn, rows):
+        with _few_rows(engine, module.self_attn, rows):
             module.self_attn(hidden_states=module.input_layernorm(hidden), **arguments)
     finally:
         call.ahead = None
@@ -528,7 +528,7 @@ def _look_ahead(
 
 
 @contextmanager
-def _few_rows(attention: nn.Module, rows: Tensor) -> Iterator[None]:
+def _few_rows(engine: Engine, attention: nn.Module, rows: Tensor) -> Iterator[None]:
     """Let an attention module project one row ``[B, 1]`` only, but for its keys: the others get that row's query and value.
 
     Modules that project everything at once, and several rows, run as they are.
@@ -543,16 +543,18 @@ def _few_rows(attention: nn.Module, rows: Tensor) -> Iterator[None]:
     def repeat(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return output.expand(-1, length, -1)
 
-    handles = []
-    for name in ("q_proj", "v_proj", "o_proj"):
-        projection = getattr(attention, name, None)
-        if projection is not None and rows.shape[1] == 1:
-            handles += [projection.register_forward_pre_hook(take), projection.register_forward_hook(repeat)]
+    kept = len(engine.handles)
     try:
+        for name in ("q_proj", "v_proj", "o_proj"):
+            projection = getattr(attention, name, None)
+            if projection is not None and rows.shape[1] == 1:
+                engine.handles.append(projection.register_forward_pre_hook(take))
+                engine.handles.append(projection.register_forward_hook(repeat))
         yield
     finally:
-        for handle in handles:
+        for handle in engine.handles[kept:]:
             handle.remove()
+        del engine.handles[kept:]
 
 
 def restore(call: Call, output: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_attn import dropping, heads, host
+from vlm_attn import dropping, heads, host, prompts
 from vlm_attn.branch import Decoding, Run
 from vlm_attn.call import Call, PromptMask
 from vlm_attn.chat import ChatTemplate
@@ -28,15 +28,18 @@ from vlm_attn.families import family_of, image_token_ids, split_images, split_vi
 from vlm_attn.kernels import Edit, ScoreEdit, merged, triton_first
 from vlm_attn.kernels.masks import Mask
 from vlm_attn.layout import Span, build_layout, check_span, is_span, padding, per_row, runs, visual_columns
+from vlm_attn.marks import Marks
 from vlm_attn.method import Method
 from vlm_attn.paired import Pairing
 from vlm_attn.question import find_questions
 from vlm_attn.reduction import KeptImage, Reducer
 from vlm_attn.sharding import Heads
 from vlm_attn.tower import on_tokens
+from vlm_attn.turns import Turns, running_forward
 
 # (layer, out [B, Q, H, D], attention [B, H, R, S] of some rows on demand, of the last one by default) -> out
 Tap = Callable[[int, Tensor, Callable[..., Tensor]], Tensor]
+_OF_A_TURN = ("call", "_pending", "_depth", "pairing", "tap", "_aside", "methods", "watch", "force", "looked_at")
 CACHE_NOTE = "_vlm_attn_call"  # a cache remembers the call that filled it, for decode loops and later turns
 
 
@@ -60,6 +63,7 @@ class Engine:
         self.text_config = text_model.config
         self.text_model = text_model
         self.canvas = host.canvas_decoder(model)  # reads the prompt's cache, in a model that denoises a canvas
+        self.layers = len(text_model.layers)  # type: ignore[arg-type]
         self.heads: dict[int, Heads] = {}  # of every layer with attention, those that run in this process
         self.methods = tuple(methods)
         self.processor = processor
@@ -69,69 +73,129 @@ class Engine:
         self.told: set[str] = set()  # warnings that are given once
         self.kept: tuple[KeptImage, ...] = ()  # of the last prompt
         self.force = False  # run neutral methods through the edit path too
+        self.looked_at = False  # runs are for looking at the model, and a prompt without an image is an error
         self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends
         self.tap: Tap | None = None  # stands behind every layer's attention in a stream beside the call
         self.call: Call | None = None
         self.pairing: Pairing | None = None  # a second stream that shares the forwards of generate
         self.spans: dict[str, Any] | None = None
-        self.undo: list[Any] = []
+        self.configs: list[host.OwnConfig] = []  # the model's own copies while it is patched
         self.handles: list[Any] = []
+        self.tags: list[Any] = []  # on the attention modules
+        self.marks: Marks | None = None  # what has to be in place
         self.shadowed: dict[str, Any] = {}  # what others had bound to the model under the names that patch() binds
         self._pending: dict[str, Any] | None = None
         self._aside: tuple[int, tuple[Method, ...]] | None = None  # a thread beside its own call, and its methods there
         self._depth = 0  # calls that are running, one inside the other
-        self._bare = False  # whether a bare forward is running
-        self._owner = 0  # the thread whose calls these are
-        self._lock = threading.RLock()
+        self._looked = False  # whether this forward's marks were looked at
+        self._turns = Turns(self._state, self._settle)
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {
-            "call": None,
-            "watch": None,
-            "tap": None,
-            "pairing": None,
-            "spans": None,
-            "_pending": None,
-            "_aside": None,
-            "_depth": 0,
-            "_bare": False,
-            "_owner": 0,
-        }
-        return {**self.__dict__, **idle, "_lock": None}
+        idle = dict.fromkeys(("call", "watch", "tap", "pairing", "spans", "_pending", "_aside", "_turns"))
+        return {**self.__dict__, **idle, "_depth": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.RLock()
+        self._turns = Turns(self._state, self._settle)
+
+    def _state(self) -> tuple[Any, ...]:
+        """What a turn changes."""
+        return *(getattr(self, name) for name in _OF_A_TURN), len(self.handles)
+
+    def _settle(self, state: tuple[Any, ...]) -> None:
+        """Go back to what it was before a turn that nobody has ended."""
+        *values, handles = state
+        for name, value in zip(_OF_A_TURN, values, strict=True):
+            setattr(self, name, value)
+        for handle in self.handles[handles:]:
+            handle.remove()
+        del self.handles[handles:]
+
+    # Whether the patch is still there
+
+    def look(self) -> None:
+        """See that everything is in place; put back what can be.
+
+        Raises:
+            RuntimeError: a layer, a tag, a hook or a config is no longer there.
+            NotImplementedError: the attention implementation was set to one that cannot be edited.
+        """
+        if torch.compiler.is_compiling() or self.marks is None:
+            return
+        if not host.in_place(self.text_config, self.base):
+            self._put_back()
+        lost = self.marks.lost()
+        if not lost and len(self.text_model.layers) != self.layers:  # type: ignore[arg-type]
+            lost = f"the model has {len(self.text_model.layers)} decoder layers now, not {self.layers}"  # type: ignore[arg-type]
+        if lost:
+            raise RuntimeError(
+                f"the model was patched with {self.names}, and since then {lost}: it would run without what was asked for. "
+                "Call vlm_attn.unpatch(model), or vlm_attn.patch(model, ..., replace=True) to patch the model as it is now"
+            )
+
+    def _put_back(self) -> None:
+        """The attention implementation was set by somebody else: edit that one, or say that it cannot be edited."""
+        now = host.implementation(self.text_config)
+        base = host.base_of(now)
+        if base is None:
+            raise NotImplementedError(
+                f"the attention implementation was set to {now!r} while the model is patched with {self.names}: that one "
+                f"cannot be edited, and the model would run plain. Set it back with "
+                f"model.set_attn_implementation({self.base!r}), or call vlm_attn.unpatch(model)"
+            )
+        host.check_capped(self.text_config, base)
+        self.warn_once(
+            f"the attention implementation was set to {now!r} while the model is patched: {self.names} is still applied, over "
+            f"{base!r}. Call vlm_attn.unpatch(model) to take it away"
+        )
+        self.base = base
+        for tag in self.tags:
+            tag.base = base
+        host.put_in_place(self.text_config, base)
+
+    @property
+    def names(self) -> str:
+        """The methods' names."""
+        return "+".join(m.name for m in self.methods)
 
     # What runs
 
     @property
     def active(self) -> tuple[Method, ...]:
         """The methods that do something."""
-        beside = self._aside is not None and self._aside[0] == threading.get_ident()
-        methods = self._aside[1] if beside and self._aside else self.methods
+        methods = self._aside[1] if self._aside is not None and self._is_aside else self.methods
         return tuple(m for m in methods if self.force or not m.neutral)
+
+    @property
+    def acting(self) -> tuple[Method, ...]:
+        """Those that do something in the call that runs."""
+        return self.active if self.call is None else self.call.methods
+
+    @property
+    def _is_aside(self) -> bool:
+        """Whether this thread runs something beside its own call."""
+        return self._aside is not None and self._aside[0] == threading.get_ident()
 
     @property
     def splits(self) -> bool:
         """Whether the prompt runs as body and last token."""
-        return any(m.edited_rows == "last" for m in self.active)
+        return any(m.edited_rows == "last" for m in self.acting)
 
     @property
     def mask(self) -> Mask | None:
         """The mask a method puts in place of the prompt's own."""
-        return next((m.mask for m in self.active if m.mask is not None), None)
+        return next((m.mask for m in self.acting if m.mask is not None), None)
 
     def readers(self, layer: int) -> list[Method]:
         """Methods that read attention rows of a layer."""
         if self.call is not None and self.call.ahead is not None:
             return [self.call.ahead]
-        return [m for m in self.active if layer in m.read_layers and not (isinstance(m, Reducer) and m.reads_ahead)]
+        return [m for m in self.acting if layer in m.read_layers and not (isinstance(m, Reducer) and m.reads_ahead)]
 
     @property
     def reduces(self) -> bool:
         """Whether visual tokens are taken away."""
-        return any(isinstance(m, Reducer) for m in self.active)
+        return any(isinstance(m, Reducer) for m in self.acting)
 
     @property
     def paired(self) -> bool:
@@ -169,6 +233,8 @@ class Engine:
             return call.scales[layer]
         factors = [factor for m in call.methods if (factor := m.head_scale(call, layer)) is not None]
         scale = math.prod(factors[1:], start=factors[0]) if factors else None
+        if scale is not None and call.blind is not None:
+            scale = scale.where(~call.rows_without_image(scale.device)[:, None], 1.0)
         if call.done:
             call.scales[layer] = scale
         return scale
@@ -197,25 +263,31 @@ class Engine:
         device = embeds.device if isinstance(embeds, Tensor) else ids.device  # type: ignore[union-attr]
         first = padding(mask, batch)
         visual, video = self._visual(ids, first, (batch, length), device)
-        self._check_visual(visual)
+        methods = self._with_image(visual)
+        prompts.check_packed(inputs, (batch, length), mask, visual)
         query, role = self._question(ids, mask, visual, first, spans.get("query"))
         images = split_images(self.model_config, [runs(row) for row in visual & ~video], inputs)
         images += split_videos(self.model_config, [runs(row) for row in video], inputs)
         images = tuple(sorted(images, key=lambda image: (image.row, image.start)))
         layout = build_layout(visual, mask, query, role, images)
-        call = Call(prompt=layout, methods=self.active, input_ids=ids if isinstance(ids, Tensor) else None, batch=batch)
+        call = Call(layout, methods, self.active, input_ids=ids if isinstance(ids, Tensor) else None, batch=batch)
         call.canvas = canvas
+        lacks = ~visual.any(1)
+        if lacks.any() and not lacks.all() and any(m.needs_image for m in methods):
+            call.blind = lacks
+        if isinstance(inputs.get("labels"), Tensor) and methods:
+            self.warn_once(prompts.check_labels(inputs["labels"], call))
         cache = host.cache_of(inputs)
         call.first = host.cached_length(cache) if cache is not None and hasattr(cache, "get_seq_length") else 0
         call.earlier = getattr(cache, CACHE_NOTE, None)
-        goes_on = call.earlier is not None and call.earlier.methods == call.methods
-        if host.is_short(cache) and not self.reduces and not goes_on:
+        goes_on = call.earlier is not None and call.earlier.patched == call.patched
+        if host.is_short(cache) and not goes_on and not any(isinstance(m, Reducer) for m in self.active):
             raise ValueError(
                 "the cache passed in holds fewer columns than it counts, from a call that let some go: "
                 "go on with the methods it was filled with, or pass no cache"
             )
         call.pixels = inputs.get("pixel_values")
-        for method in self.active:
+        for method in methods:
             method.start(call, self.processor)
         call.pixels = None  # a cache keeps the call for as long as it lives
         return call
@@ -240,21 +312,29 @@ class Engine:
             )
         return visual, video
 
-    def _check_visual(self, visual: Tensor) -> None:
-        """Refuse prompts without an image where a method needs one, and those that end in one."""
-        if not visual.any(1).all() and not any(m.needs_image for m in self.active):
-            if self.reduces:
-                self.warn_once("a prompt has no image: there is no visual token to take away")
-        elif not visual.any(1).all():
-            rows = (~visual.any(1)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"no image token in the prompt of row {rows}: the processor must see an image and its placeholder "
-                "(an image part in the chat message); unpatch the model for text-only prompts"
+    def _with_image(self, visual: Tensor) -> tuple[Method, ...]:
+        """The methods that act on a prompt. Those that need an image leave one without alone, which is said once; a prompt that
+        ends in an image token is refused."""
+        methods, lacks = self.active, ~visual.any(1)
+        idle = [m.name for m in methods if m.needs_image or isinstance(m, Reducer)]
+        if lacks.any() and idle:
+            if self.looked_at:
+                raise ValueError(
+                    f"no image token in the prompt of row {lacks.nonzero().flatten().tolist()}: the processor must see an "
+                    "image and its placeholder (an image part in the chat message)"
+                )
+            which = "a prompt has" if lacks.all() else "some rows of a prompt have"
+            self.warn_once(
+                f"{which} no image: {'+'.join(idle)} leaves them as the plain model has them. If there should be one, the "
+                "processor must see an image and its placeholder (an image part in the chat message)"
             )
-        if self.splits and visual[:, -1].any():
+        if lacks.all():
+            methods = tuple(m for m in methods if m.name not in idle)
+        if visual[:, -1].any() and any(m.edited_rows == "last" for m in methods):
             raise ValueError(
                 "the prompt ends in an image token, so there is no last text row to edit: put text after the image"
             )
+        return methods
 
     def _question(
         self, ids: Tensor | None, mask: Tensor | None, visual: Tensor, first: list[int], given: Any
@@ -272,30 +352,34 @@ class Engine:
     @contextmanager
     def running(self, inputs: Mapping[str, Any], canvas: bool = False) -> Iterator[Call]:
         """One call: its context is there inside and gone outside, whatever happens."""
-        self._acquire()
-        outer, outer_depth = self.call, self._depth
-        try:
-            self.call = self.build_call(inputs, canvas)
-            self._depth = outer_depth + 1
-            yield self.call
-        finally:
-            self.call, self._depth, self._pending = outer, outer_depth, None
-            self._lock.release()
+        with self._turn():
+            outer, outer_depth = self.call, self._depth
+            try:
+                self.look()
+                self.call = self.build_call(inputs, canvas)
+                self._depth = outer_depth + 1
+                yield self.call
+            finally:
+                self.call, self._depth, self._pending = outer, outer_depth, None
 
-    def _acquire(self) -> None:
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         """Wait for this thread's turn."""
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-        if self._bare:  # an interrupt (Ctrl-C) ended this thread's last bare forward without running its hooks
-            self._end_bare()
+        before = len(self._turns.held) if self._turns.mine else 0
+        try:
+            self._turns.take()
+            yield
+        finally:
+            if self._turns.mine and len(self._turns.held) > before:  # else an interrupt came before the turn
+                self._turns.give()
 
     def _end_bare(self) -> None:
-        self.call, self._pending, self._bare = None, None, False
-        self._lock.release()
+        self.call, self._pending = self._turns.held[-1].before[:2]  # the first of _OF_A_TURN
+        self._turns.give()
 
     def _inside(self) -> bool:
         """Whether this forward belongs to a call that is running. A compiled step always does."""
-        return self._depth > 0 and (torch.compiler.is_compiling() or self._owner == threading.get_ident())
+        return self._depth > 0 and (torch.compiler.is_compiling() or self._turns.mine)
 
     def generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The class's own ``generate`` inside a call."""
@@ -323,7 +407,7 @@ class Engine:
             raise ValueError("a patched model generates from input_ids or inputs_embeds; neither was given")
         with self.running(inputs) as call:
             self.rehearse(Run(self, model, call, inputs))
-            decoding = next((m for m in self.active if isinstance(m, Decoding)), None)
+            decoding = next((m for m in call.methods if isinstance(m, Decoding)), None)
             if decoding is None:
                 return stock(*args, **kwargs)
             with decoding.decoding(Run(self, model, call, inputs)) as changes:
@@ -365,15 +449,14 @@ class Engine:
             watch: is shown how every edited row attends.
             force: run neutral methods too.
         """
-        self._acquire()
-        before = self.methods, self.watch, self.force
-        self.methods = tuple(methods(self.methods))
-        self.watch, self.force = watch, force
-        try:
-            yield
-        finally:
-            self.methods, self.watch, self.force = before
-            self._lock.release()
+        with self._turn():
+            before = self.methods, self.watch, self.force, self.looked_at
+            try:
+                self.methods = tuple(methods(self.methods))
+                self.watch, self.force, self.looked_at = watch, force, True
+                yield
+            finally:
+                self.methods, self.watch, self.force, self.looked_at = before
 
     def warn_once(self, message: str) -> None:
         """Warn of something that is told once for as long as the model is patched."""
@@ -385,12 +468,18 @@ class Engine:
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A bare forward starts a call, or goes on with the one its cache knows; a decode step takes a second stream along."""
+        active = self.active
+        if not active and not self._is_aside:
+            return None
+        self.look()
+        self._looked = True
         if self.pairing is not None and self.call is not None and self._inside():
             both = self.pairing.before(self.call, {**_named(module, args), **kwargs})
             return None if both is None else ((), both)
-        if not self.active or self._inside():
-            return
-        alone = next((m.name for m in self.active if isinstance(m, Decoding)), None)
+        if not active or self._inside():
+            return None
+        prompts.check_checkpointing(module, self.text_model, self.names)
+        alone = next((m.name for m in active if isinstance(m, Decoding)), None)
         if alone is not None:
             raise NotImplementedError(
                 f"{alone} acts on what is decoded, so a forward alone has nothing for it to do: call model.generate, or patch "
@@ -399,10 +488,9 @@ class Engine:
         inputs = {**_named(module, args), **kwargs}
         cache = host.cache_of(inputs)
         known: Call | None = getattr(cache, CACHE_NOTE, None)
-        self._acquire()
-        self._bare = True
+        self._turns.take(running_forward())
         try:
-            goes_on = known is not None and known.done and known.methods == self.active
+            goes_on = known is not None and known.done and known.patched == active
             if goes_on and inputs.get("pixel_values") is None and host.cached_length(cache):
                 self.call = known
             elif host.cached_length(cache):
@@ -421,7 +509,8 @@ class Engine:
         """End a bare forward (also after an exception, also after one that was refused before it began)."""
         if self.pairing is not None and self.pairing.running:
             return self.pairing.after(output)
-        if self._bare and self._aside is None and self._owner == threading.get_ident():
+        held = self._turns.held
+        if held and held[-1].frame is not None and held[-1].frame is running_forward():
             self._end_bare()
 
     def before_text(
@@ -429,6 +518,9 @@ class Engine:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Start of a forward of the text model: decide what runs, and run the prompt's body."""
         call = self.call
+        if not self._looked and (self.active or self._is_aside):
+            self.look()
+        self._looked = False  # by the model's hook, for one forward
         if call is None:
             if self.active:
                 raise RuntimeError(
@@ -444,6 +536,7 @@ class Engine:
             return None
         call.batch, call.length = embeds.shape[:2]
         call.mask = None
+        call.reached.clear()
         if call.done and cache is not None:
             past = cache.get_seq_length()
             if self.paired:
@@ -473,7 +566,7 @@ class Engine:
             raise NotImplementedError(
                 "visual tokens can only be taken away when the whole prompt runs at once: "
                 "leave out prefill_chunk_size, or patch without "
-                + "+".join(m.name for m in self.active if isinstance(m, Reducer))
+                + "+".join(m.name for m in call.methods if isinstance(m, Reducer))
             )
         self._before_choosing(call, end)
         if self.mask is not None and not call.canvas:  # the denoising loop's mask has it
@@ -509,8 +602,11 @@ class Engine:
             )
         total = call.past + call.length
         length, _ = host.key_window(cache, call.length, 0) if cache is not None else (total, 0)
-        mask = PromptMask(self.mask, call.layout.group)
-        if triton_first(embeds.device) and not self.reduces:
+        blind = call.rows_without_image(embeds.device) if call.blind is not None else None
+        mask = PromptMask(self.mask, call.layout.group, blind)
+        if call.first and call.earlier is None:
+            prompts.check_prefix(self.names, mask, call)
+        if triton_first(embeds.device) and not self.reduces and blind is None:
             call.mask = mask
             stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
             return host.mask_like(stand_in, self.base, embeds).expand(len(embeds), 1, call.length, length)
@@ -578,7 +674,7 @@ class Engine:
 
     def _prompt_read(self, call: Call) -> None:
         """Hand the methods what was read while the prompt ran."""
-        for method in self.active:
+        for method in call.methods:
             towers = () if isinstance(method, Reducer) else method.cls_layers  # a reducer looks where it chooses
             for number, image in enumerate(call.prompt.images if towers else ()):
                 if image.start >= call.first:
@@ -592,6 +688,7 @@ class Engine:
         if call is None or pending is None:
             return None
         call.mask = None
+        self._check_reached(call)
         cache = getattr(output, host.CACHE, None)
         call.cached_prompt = cache is not None and not pending.get("drop_cache")
         if pending["done"]:
@@ -622,6 +719,17 @@ class Engine:
         if pending.get("drop_cache"):
             output = host.without_cache(output)
         return output
+
+    def _check_reached(self, call: Call) -> None:
+        """See that the attention of every layer was ours."""
+        count = min(self.layers, getattr(self.text_config, "num_hidden_layers", self.layers))  # some stop early
+        missed = [layer for layer in self.heads if layer < count and layer not in call.reached]
+        if missed and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"layers {', '.join(map(str, missed))} did not run the attention that {self.names} edits: their forward was "
+                "replaced by one that computes attention by itself (a fused kernel, another library's patch). Take that away, "
+                "or call vlm_attn.unpatch(model)"
+            )
 
     def before_canvas(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A denoising step: all its rows are edited, beside the cache of the prompt and of what is written already."""

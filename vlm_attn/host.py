@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,11 +42,13 @@ SEQUENCE_ARGUMENTS = {
 IMAGE_ARGUMENTS = {"pixel_values", "mm_encoder_outputs"}
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
+_ours: dict[str, Attention] = {}
 
 
 def register(function: Attention) -> None:
     """Register the attention function and the mask functions of both formats with the host."""
     for base, mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+        _ours[NAMES[base]] = function
         AttentionInterface.register(NAMES[base], function)
         AttentionMaskInterface.register(NAMES[base], mask)
 
@@ -89,12 +91,26 @@ def check_editable(model: Any, text_config: Any) -> str:
             f"attention implementation {base!r} cannot be edited. "
             'Load the model with attn_implementation="sdpa" (or "eager") and patch again'
         )
+    check_capped(text_config, base)
+    return base
+
+
+def base_of(name: str) -> str | None:
+    """The implementation that can be edited under a name, ours among them; None if it cannot."""
+    return next((base for base, ours in NAMES.items() if name in (base, ours)), None)
+
+
+def check_capped(text_config: Any, base: str) -> None:
+    """Refuse SDPA where the model caps its attention logits.
+
+    Raises:
+        NotImplementedError: it does.
+    """
     if base == "sdpa" and getattr(text_config, "attn_logit_softcapping", None):
         raise NotImplementedError(
             "this model caps its attention logits (attn_logit_softcapping), which SDPA cannot do: "
             'load it with attn_implementation="eager" and patch again'
         )
-    return base
 
 
 def check_bias(vision_config: Any, method: str) -> None:
@@ -118,38 +134,86 @@ def base_attention(module: nn.Module, base: str) -> Attention:
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
-def own_configs(model: Any, text_config: Any, base: str) -> list[tuple[nn.Module, str, Any]]:
-    """Give a model its own text config that names our attention; returns what to put back.
+_IMPLEMENTATION = "_attn_implementation_internal"
+
+
+def in_place(text_config: Any, base: str) -> bool:
+    """Whether a config names our attention, and the host still has our function under that name."""
+    name = NAMES[base]
+    return implementation(text_config) == name and ALL_ATTENTION_FUNCTIONS.get(name) is _ours.get(name)
+
+
+def put_in_place(text_config: Any, base: str) -> None:
+    """Make :func:`in_place` true again."""
+    register(_ours[NAMES[base]])
+    vars(text_config)[_IMPLEMENTATION] = NAMES[base]
+
+
+@dataclasses.dataclass
+class OwnConfig:
+    """A patched model's own copy of a config.
+
+    Attributes:
+        original: what the model had.
+        copy: what it has while it is patched.
+        before: the copy's attributes when it was made, with the implementation of the original.
+    """
+
+    original: Any
+    copy: Any
+    before: dict[str, Any]
+
+    def write_back(self) -> None:
+        """Give the original what others have changed in the copy since (another vocabulary, a new attribute)."""
+        now, gone = dict(vars(self.copy)), object()
+        if (name := now.get(_IMPLEMENTATION)) in NAMES.values():
+            now[_IMPLEMENTATION] = base_of(name)
+        for key in now.keys() | self.before.keys():
+            value, old = now.get(key, gone), self.before.get(key, gone)
+            if value is gone:
+                vars(self.original).pop(key, None)
+            elif value is not old:
+                vars(self.original)[key] = value
+        self.before = now
+
+
+def own_configs(model: Any, text_config: Any, base: str) -> list[OwnConfig]:
+    """Give a model its own text config that names our attention; returns what :func:`restore` needs to know.
 
     Configs are shared: two models built from one config would otherwise switch together. Every submodule that holds
     the old config (or the top-level one, which holds it in turn) is pointed to the copy.
-
-    Returns:
-        ``(module, attribute, old value)`` triples for :func:`restore`.
     """
     top = model.config
     own_text = copy.copy(text_config)
-    replaced = {id(text_config): own_text}
+    own = [OwnConfig(text_config, own_text, dict(vars(own_text)))]
     if top is not text_config:
         own_top = copy.copy(top)
         for key in top.sub_configs:
             if getattr(top, key, None) is text_config:
                 setattr(own_top, key, own_text)
-        replaced[id(top)] = own_top
+        own.append(OwnConfig(top, own_top, dict(vars(own_top))))
     own_text._attn_implementation = NAMES[base]
-    undo = []
-    for module in model.modules():
+    _exchange(model.modules(), {id(config.original): config.copy for config in own})
+    return own
+
+
+def restore(modules: Iterable[nn.Module], own: Sequence[OwnConfig]) -> None:
+    """Put the original configs back where the copies are, with what others have changed in these."""
+    modules = list(modules)
+    for config in own:
+        config.write_back()
+    _exchange(modules, {id(config.copy): config.original for config in own})
+    for module in modules:  # built or copied while the model was patched, with configs of their own
+        config = vars(module).get("config")
+        if implementation(config) in NAMES.values():
+            vars(config)[_IMPLEMENTATION] = base_of(implementation(config))
+
+
+def _exchange(modules: Iterable[nn.Module], by: Mapping[int, Any]) -> None:
+    for module in modules:
         for attribute, value in list(vars(module).items()):
-            if id(value) in replaced:
-                undo.append((module, attribute, value))
-                setattr(module, attribute, replaced[id(value)])
-    return undo
-
-
-def restore(undo: list[tuple[nn.Module, str, Any]]) -> None:
-    """Put the original configs back."""
-    for module, attribute, value in undo:
-        setattr(module, attribute, value)
+            if id(value) in by:
+                setattr(module, attribute, by[id(value)])
 
 
 def inside(model: Any) -> Any:
@@ -239,6 +303,22 @@ def rewind(cache: Any, columns: int) -> None:
             length.sub_(columns)
         else:
             layer.crop(-columns)
+
+
+def can_rewind(cache: Any) -> bool:
+    """Whether a cache can forget its newest columns: not what layers with a state have read (linear attention, convolution)."""
+    return not any(hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states") for layer in cache.layers)
+
+
+def repeat_rows(cache: Any, times: int) -> None:
+    """Repeat every row of a cache, a state's too."""
+    for layer in cache.layers if times > 1 else ():
+        if hasattr(layer, "batch_repeat_interleave") and not hasattr(layer, "conv_states"):
+            layer.batch_repeat_interleave(times)
+            continue
+        states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        rows = next(torch.arange(len(state), device=state.device) for state in states if state is not None)
+        layer.reorder_cache(rows.repeat_interleave(times))
 
 
 class ShortLayer(DynamicLayer):

@@ -53,7 +53,7 @@ class Method:
         read_hidden: whether :meth:`read_tokens` is called with every layer's input.
         cls_layers: layers of the vision tower whose CLS attention it wants: ``PROJECTED``, the one whose output goes on to the
             language model, or one of a 24-layer tower (taken at the same depth of another).
-        needs_image: whether a prompt without an image is an error; else the method does nothing there.
+        needs_image: whether it leaves a prompt without an image alone; else it acts there, too.
         token_by_token: whether it needs a model that writes one token after the other, and not all of a canvas.
     """
 

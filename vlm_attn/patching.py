@@ -26,6 +26,7 @@ from vlm_attn.families import (
 )
 from vlm_attn.heads import HeadMethod, check_alone
 from vlm_attn.layout import is_span
+from vlm_attn.marks import Marks
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.reduction import KeptImage, Reducer
 from vlm_attn.sharding import check_sharding, heads_of
@@ -91,14 +92,17 @@ def patch(
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"patch() takes a Hugging Face model, got {type(model).__name__}")
     previous = engine_of(model) if is_patched(model) else None
-    top: Any = _original(previous, model, "config") if previous else model.config
+    for config in previous.configs if previous is not None else ():
+        config.write_back()  # what others have changed since
+    top: Any = _original(previous, model.config)
     text_config = top.get_text_config(decoder=True)
     if previous is None:
         base = host.check_editable(model, text_config)
         text_model, layers, attentions = find_decoder(model, text_config)
     else:
-        base = previous.base
-        text_model, layers, attentions = find_decoder(model, previous.text_config)
+        own = top is not model.config  # else somebody gave it another
+        base = previous.base if own else host.check_editable(model, text_config)
+        text_model, layers, attentions = find_decoder(model, previous.text_config if own else text_config)
     shards = {index: heads_of(attention) for index, attention in attentions}
     image_token_ids(top)  # refuses a family without
     facts = ModelFacts(
@@ -150,12 +154,14 @@ def patch(
         unpatch(model)
     engine = Engine(model, text_model, methods, processor=processor, template=template, query_span=query_span)
     engine.base, engine.heads = base, shards
-    engine.undo = host.own_configs(model, text_config, base)
+    engine.configs = host.own_configs(model, text_config, base)
     engine.text_config = text_model.config
-    for index, attention in attentions:
-        setattr(attention, TAG, Tag(engine, index, base))
+    tagged = {attention: Tag(engine, index, base) for index, attention in attentions}
     for index, layer in enumerate(canvas.layers if canvas is not None else ()):  # type: ignore[arg-type,union-attr]
-        setattr(layer.self_attn, TAG, Tag(engine, index, base, canvas=True))
+        tagged[layer.self_attn] = Tag(engine, index, base, canvas=True)
+    for attention, tag in tagged.items():
+        setattr(attention, TAG, tag)
+    engine.tags = list(tagged.values())
     engine.handles = [
         model.register_forward_pre_hook(engine.before_model, with_kwargs=True),
         model.register_forward_hook(engine.after_model, with_kwargs=True, always_call=True),
@@ -174,17 +180,17 @@ def patch(
     if tower is not None:
         engine.handles += Merger(engine, *tower).handles
     setattr(model, TAG, engine)
+    hooks = {handle.id for handle in engine.handles}
+    engine.marks = Marks(model, [text_model, *tagged], (TAG, "config"), hooks)
     engine.shadowed = {name: model.__dict__[name] for name in ("generate", *_REFUSED_CALLS) if name in model.__dict__}
-    if hasattr(type(model), "generate"):
-        model.generate = partial(_generate, model)  # type: ignore[assignment]  # a bound method would not pickle
-    for name in _REFUSED_CALLS:
-        if hasattr(type(model), name):
-            setattr(model, name, partial(_refuse_batching, model))
+    for name in ("generate", *_REFUSED_CALLS):
+        if hasattr(type(model), name):  # a bound method would not pickle
+            setattr(model, name, partial(_generate if name == "generate" else _refuse_batching, model, name))
     return wrapper
 
 
 def unpatch(model: Model) -> Model:
-    """Undo :func:`patch` exactly: hooks, configs, ``generate``, tags.
+    """Undo :func:`patch` exactly: hooks, configs, ``generate``, tags. What others have changed since stays as they left it.
 
     Raises:
         ValueError: the model is not patched.
@@ -197,12 +203,15 @@ def unpatch(model: Model) -> Model:
     engine, patched_one = engine_of(model), host.inside(model)
     for handle in engine.handles:
         handle.remove()
-    host.restore(engine.undo)
-    for module in patched_one.modules():
+    marked = engine.marks.modules.values() if engine.marks is not None else ()  # some may be elsewhere by now
+    modules = list(dict.fromkeys([*patched_one.modules(), *(part for module in marked for part in module.modules())]))
+    host.restore(modules, engine.configs)
+    for module in modules:
         module.__dict__.pop(TAG, None)
     for name in ("generate", *_REFUSED_CALLS):
-        patched_one.__dict__.pop(name, None)
-    patched_one.__dict__.update(engine.shadowed)
+        if getattr(patched_one.__dict__.get(name), "func", None) in (_generate, _refuse_batching):
+            del patched_one.__dict__[name]
+            patched_one.__dict__.update({name: engine.shadowed[name]} if name in engine.shadowed else {})
     return model
 
 
@@ -462,16 +471,22 @@ def check_processor(processor: Any, config: Any, text_config: Any) -> None:
         raise ValueError(f"this processor belongs to another model: it has {size} tokens, the model {room}")
 
 
-def _original(engine: Engine, model: nn.Module, attribute: str) -> Any:
-    return next((value for module, name, value in engine.undo if module is model and name == attribute), model.config)
+def _original(engine: Engine | None, config: Any) -> Any:
+    """The config that a patched model's own was copied from; any other as it is."""
+    configs = engine.configs if engine is not None else ()
+    return next((own.original for own in configs if own.copy is config), config)
 
 
-def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     """``generate`` of the model's class, with the method applied (see ``vlm_attn.patch``)."""
+    if not is_patched(self):  # somebody's wrapper still has it
+        return getattr(type(self), name)(self, *args, **kwargs)
     return engine_of(self).generate(self, args, kwargs)
 
 
-def _refuse_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _refuse_batching(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    if not is_patched(self):
+        return getattr(type(self), name)(self, *args, **kwargs)
     raise NotImplementedError(
         "continuous batching hides which keys belong to which prompt, so attention cannot be edited there: "
         "use model.generate with a padded batch, or unpatch the model"

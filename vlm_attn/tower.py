@@ -126,7 +126,7 @@ class Merger:
         self.method = self.size = self.seat = self.owner = None
         methods = call.methods if call is not None else ()  # without a cache some hosts run the tower at every step
         method = next((m for m in methods if isinstance(m, Reducer) and m.merges), None)
-        if call is None or method is None:
+        if call is None or method is None or not call.prompt.images:
             return
         patches = (module.config.image_size // module.config.patch_size) ** 2
         total = max(image.stop - image.start for image in call.prompt.images)

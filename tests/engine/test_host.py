@@ -5,6 +5,7 @@ When a new release breaks one of these, it says which.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -22,6 +23,7 @@ from tests import rows as families
 from tests import tiny
 from tests.families import MAPPING
 from vlm_attn import attention, host
+from vlm_attn.turns import running_forward
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ class TestConfigs:
         model, _ = tiny.FAMILIES[name]()
         top, text = model.config, model.config.get_text_config()
         before = [(id(m), vars(m).get("config")) for m in model.modules()]
-        undo = host.own_configs(model, text, "sdpa")
+        own_ones = host.own_configs(model, text, "sdpa")
         assert model.config is not top
         own = model.config.get_text_config()
         assert own is not text
@@ -118,11 +120,79 @@ class TestConfigs:
         assert all(layer.self_attn.config is own for layer in decoder.layers)
         assert not any(value is text or value is top for m in model.modules() for value in vars(m).values())
         assert model.config.to_dict() == top.to_dict()
-        host.restore(undo)
+        host.restore(model.modules(), own_ones)
         assert [(id(m), vars(m).get("config")) for m in model.modules()] == before
+
+    @pytest.mark.parametrize("name", ["sdpa", "eager"])
+    def test_in_place(self, name: str) -> None:
+        """What set_attn_implementation() and a config's attribute overwrite is what is looked at."""
+        model, _ = tiny.llava()
+        text = model.config.get_text_config()
+        assert not host.in_place(text, name)
+        host.put_in_place(text, name)
+        assert host.in_place(text, name)
+        assert text._attn_implementation == host.NAMES[name]
+        for overwrite in (
+            lambda: model.set_attn_implementation("sdpa"),
+            lambda: setattr(model.config, "_attn_implementation", "eager"),
+            lambda: setattr(text, "_attn_implementation", "sdpa"),
+        ):
+            overwrite()
+            assert not host.in_place(text, name)
+            host.put_in_place(text, name)
+        assert [host.base_of(n) for n in ("sdpa", host.NAMES["eager"], "flash_attention_2")] == ["sdpa", "eager", None]
+
+    def test_write_back(self) -> None:
+        model, _ = tiny.llava()
+        top, text = model.config, model.config.get_text_config()
+        before, implementation = dict(vars(text)), text._attn_implementation
+        own = host.own_configs(model, text, "sdpa")
+        model.config.get_text_config().vocab_size = 7
+        model.config.note = "mine"
+        host.restore(model.modules(), own)
+        assert vars(text) == {**before, "vocab_size": 7}
+        assert text._attn_implementation == implementation
+        assert top.note == "mine"
+        assert top.get_text_config() is text
+
+
+class TestFrames:
+    def test_a_hook_runs_inside_its_forward(self) -> None:
+        """Before, after, and after an exception: the same frame of the same forward."""
+        frames: list[Any] = []
+        module = torch.nn.Linear(2, 2)
+        hooks = [
+            module.register_forward_pre_hook(lambda *_: frames.append(running_forward())),
+            module.register_forward_hook(lambda *_: frames.append(running_forward()), always_call=True),
+        ]
+        for x in (torch.zeros(1, 2), torch.zeros(1, 3)):
+            with contextlib.suppress(RuntimeError):
+                module(x)
+        assert len(hooks) == 2
+        assert frames[0] is frames[1] is not None
+        assert frames[2] is frames[3] is not None
+        assert frames[0] is not frames[2]
 
 
 class TestCaches:
+    def test_rows_with_a_state(self) -> None:
+        """LFM2's convolutions have no method that repeats rows; a state cannot be rewound."""
+        model, inputs = families.build("lfm2_vl")
+        x = inputs([[3, "image", 7], [1, "image", 7]])
+        with torch.no_grad():
+            cache = host.cache_of(model(**x, use_cache=True))
+        assert not host.can_rewind(cache)
+        assert host.can_rewind(DynamicCache())
+        state = next(layer.conv_states[0] for layer in cache.layers if hasattr(layer, "conv_states")).clone()
+        keys = next(layer.keys for layer in cache.layers if not hasattr(layer, "conv_states")).clone()
+        host.repeat_rows(cache, 1)
+        host.repeat_rows(cache, 3)
+        rows = [0, 0, 0, 1, 1, 1]
+        assert any(
+            torch.equal(layer.conv_states[0], state[rows]) for layer in cache.layers if hasattr(layer, "conv_states")
+        )
+        assert any(torch.equal(layer.keys, keys[rows]) for layer in cache.layers if not hasattr(layer, "conv_states"))
+
     def test_cached_length(self, gemma3: tiny.Built) -> None:
         assert host.cached_length(None) == 0
         config = text_config(gemma3)

@@ -383,8 +383,8 @@ class TestInterruption:
     def test_refused_forward(self, llava: tiny.Built) -> None:
         model, inputs = llava
         with on(model, "gift"):
-            with pytest.raises(ValueError, match="no image token"):
-                logits(model, {"input_ids": torch.tensor([[1, 5, 6]])})
+            with pytest.raises(ValueError, match="ends in an image token"):
+                logits(model, inputs([[9, "image"]]))
             assert engine_of(model).call is None
             self.free(model)
             logits(model, inputs([PROMPT]))
@@ -409,17 +409,17 @@ class TestInterruption:
             same(run, wanted_inner, 0.0)
 
     def free(self, model: Any) -> None:
-        """No lock is held: another thread can call the model."""
-        lock, got = engine_of(model)._lock, []
+        """No turn is held: another thread can call the model."""
+        turns, got = engine_of(model)._turns, []
 
         def take() -> None:
-            got.append(lock.acquire(timeout=5))
-            if got[0]:
-                lock.release()
+            turns.take()
+            turns.give()
+            got.append(True)
 
-        thread = threading.Thread(target=take)
+        thread = threading.Thread(target=take, daemon=True)
         thread.start()
-        thread.join()
+        thread.join(timeout=5)
         assert got == [True]
 
 

@@ -28,7 +28,6 @@ from tests.processors import processor
 from vlm_attn import host
 from vlm_attn.hallucination import Gift, Var
 from vlm_attn.patching import engine_of
-from vlm_attn.registry import method_class
 
 GIFT, VAR = ACTIVE["gift"], ACTIVE["var"]
 
@@ -261,18 +260,6 @@ class TestPrompts:
             assert engine_of(model).call is None
         with vlm_attn.patched(model, method, **{**options, "query_span": None}):
             assert torch.equal(logits(model, good), wanted)
-
-    @pytest.mark.parametrize("method", [name for name in ACTIVE if method_class(name).needs_image])
-    @pytest.mark.parametrize("call", [logits, generate])
-    def test_no_image(self, llava, method, call) -> None:
-        ids = torch.tensor([[1, 5, 6, 7]])
-        with self.refused(llava, method, "no image token", "row [0]", "unpatch") as model:
-            call(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-    def test_one_row_without_an_image(self, llava) -> None:
-        x = llava[1]([[3, "image", 9], [19]])
-        with self.refused(llava, "gift", "no image token", "[1]") as model:
-            generate(model, x)
 
     @pytest.mark.parametrize("call", [logits, generate])
     def test_ends_in_an_image(self, llava, call) -> None:
