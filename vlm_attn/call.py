@@ -89,6 +89,7 @@ class Call:
         length: rows of this forward.
         ran: whether any of the prompt has run.
         first: columns that were in the cache when the call began.
+        readable: whether their keys can be read.
         earlier: the call that filled those columns, if it is known.
         batch: rows of the batch that run now: samples, or beams of them.
         edits: the edits of each layer from the end of the prompt on.
@@ -119,6 +120,7 @@ class Call:
     length: int = 0
     ran: bool = False
     first: int = 0
+    readable: bool = True
     earlier: Call | None = None
     batch: int = 0
     edits: dict[int, list[Edit | ScoreEdit]] = field(default_factory=dict)

@@ -515,8 +515,9 @@ def _look_ahead(
     state.layers[layer] = _layer_keys(call, state, layer)
     arguments = _gathered(state, dict(kwargs))
     mask = arguments.get("attention_mask")
-    arguments["attention_mask"] = _layer_mask(engine, call, state, module, layer, mask, hidden, None)
-    arguments = host.with_cache(arguments, None)
+    held = host.cache_of(arguments) if call.first else None  # earlier columns are keys, too
+    arguments["attention_mask"] = _layer_mask(engine, call, state, module, layer, mask, hidden, held)
+    arguments = host.with_cache(arguments, None if held is None else host.Peek(held))
     rows, _ = call.find_rows(method.read_rows(call))
     call.ahead = method
     try:

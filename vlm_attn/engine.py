@@ -279,6 +279,7 @@ class Engine:
             self.warn_once(prompts.check_labels(inputs["labels"], call))
         cache = host.cache_of(inputs)
         call.first = host.cached_length(cache) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        call.readable = cache is None or host.readable(cache)
         call.earlier = getattr(cache, CACHE_NOTE, None)
         goes_on = call.earlier is not None and call.earlier.patched == call.patched
         if host.is_short(cache) and not goes_on and not any(isinstance(m, Reducer) for m in self.active):

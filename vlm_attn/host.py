@@ -466,6 +466,28 @@ def shorten(cache: Any, layers: int) -> bool:
     return True
 
 
+def readable(cache: Any) -> bool:
+    """Whether the keys that a cache holds can be read as they are (:class:`Peek`)."""
+    known = DynamicLayer, DynamicSlidingWindowLayer
+    return isinstance(cache, DynamicCache) and all(
+        type(layer) in known or isinstance(layer, ShortLayer) for layer in cache.layers
+    )
+
+
+class Peek:
+    """A :func:`readable` cache for a layer that runs for a look: it gives what is held and the new keys, and keeps none."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What the layer would get from the cache."""
+        held = self.cache.layers[layer]
+        if held.keys is None or not held.keys.numel():
+            return key, value
+        return torch.cat([held.keys, key], 2), torch.cat([held.values, value], 2)
+
+
 def is_short(cache: Any) -> bool:
     """Whether a cache holds fewer columns than it counts."""
     return any(getattr(layer, "dropped", 0) for layer in getattr(cache, "layers", ()))

@@ -152,10 +152,15 @@ class Reducer(Method):
                     f"{self.name}: keep={self.keep} is more than the {total} tokens of image {number} (row {image.row}): "
                     f"give a count of 1..{total} or a ratio in (0, 1]"
                 )
-        if self.reads_ahead and call.first and any(image.start >= call.first for image in call.prompt.images):
+        if (
+            self.reads_ahead
+            and call.first
+            and not call.readable
+            and any(image.start >= call.first for image in call.prompt.images)
+        ):
             raise NotImplementedError(
-                f"{self.name} cannot rank a new image on a cache that already holds {call.first} columns: pass no cache, or "
-                "choose a method that reads a layer behind, such as fastv"
+                f"{self.name} cannot rank a new image on a cache of this kind that holds {call.first} columns: pass no cache, "
+                "or choose a method that reads a layer behind, such as fastv"
             )
         if call.prompt.visual[:, -1].any():
             raise ValueError(

@@ -266,8 +266,6 @@ class TestTextOnly:
             "vhr": "its heads are unknown",
             "bidirectional": "the mask lets them see what comes later",
             "prefix_lm": "the mask lets them see what comes later",
-            "pyramid_drop": "cannot rank a new image on a cache",
-            "vscan": "cannot rank a new image on a cache",
         }
         filled = cache()
         with on(model, method):
