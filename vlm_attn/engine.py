@@ -348,7 +348,7 @@ class Engine:
             given = per_row(given, batch, "query")
             query = [check_span(span, row, first[row], length) for row, span in enumerate(given)]
             return query, [length - stop for _, stop in query]
-        return find_questions(ids, visual, first, self.template)
+        return find_questions(ids, visual, first, self.template if visual.any() else None)  # text alone: nothing looks
 
     @contextmanager
     def running(self, inputs: Mapping[str, Any], canvas: bool = False) -> Iterator[Call]:
