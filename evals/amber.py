@@ -28,7 +28,8 @@ from typing import Any
 from vlm_attn.evals import pope
 from vlm_attn.evals._extras import require
 from vlm_attn.evals.chair import TOKEN, lemmatize
-from vlm_attn.evals.coco import CocoDataset, FolderImages, read_json
+from vlm_attn.evals.coco import CocoDataset, FolderImages
+from vlm_attn.evals.reading import image_number, read_json
 from vlm_attn.evals.stats import Pair, mean_of_ratios
 
 KINDS = ("existence", "attribute", "relation")
@@ -145,7 +146,7 @@ class Amber:
             for record in _records(file, ("id", "image", "query")):
                 if record["id"] not in annotations:
                     raise ValueError(f"{file}: query {record['id']} has no annotation")
-                image = pope.image_number(record["image"])
+                image = image_number(record["image"])
                 if image is None:
                     raise ValueError(f"{file}: query {record['id']} names no image with a number")
                 found = annotations[record["id"]]
@@ -339,7 +340,7 @@ def amber_score(columns: Mapping[str, Columns]) -> list[Pair] | None:
 def summarise(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, dict[str, Any]]:
     """AMBER's figures in percent with 95 % bootstrap intervals over images, per part, and ``amber``: the score.
 
-    Parts of questions also count ``questions`` and ``unparsed``.
+    Parts of questions also count ``questions``, ``unparsed`` and what `pope.readings` counts.
     """
     columns = columns_of(records)
     summary: dict[str, dict[str, Any]] = {}
@@ -349,7 +350,11 @@ def summarise(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[st
         }
         if part != "generative":
             rows = [r for r in records if r["kind"] == part or (part == "discriminative" and r["kind"] in KINDS)]
-            summary[part] |= {"questions": len(rows), "unparsed": sum(row["score"]["unparsed"] for row in rows)}
+            summary[part] |= {
+                "questions": len(rows),
+                "unparsed": sum(row["score"]["unparsed"] for row in rows),
+                **pope.readings({**row, "prediction": row["score"]["prediction"]} for row in rows),
+            }
     pairs = amber_score(columns)
     if pairs is not None:
         summary["amber"] = {"score": mean_of_ratios(pairs, scale=100.0, seed=seed)}

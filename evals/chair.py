@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -30,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_attn.evals._extras import require
-from vlm_attn.evals.coco import CocoDataset, read_jsonl
+from vlm_attn.evals.coco import CocoDataset
+from vlm_attn.evals.reading import read_entries
 from vlm_attn.evals.stats import Metric, Pair, ratio
 
 VARIANTS = ("instances", "instances+captions")
@@ -85,6 +87,11 @@ class Vocabulary:
         forms = [*self.category_of, *self.double_words]
         return {word for form in forms for word in form.split()}
 
+    def category(self, name: str) -> str:
+        """The category that a data set's name for it stands for, "Dining_Table" -> "dining table"; another name stays."""
+        plain = " ".join(name.replace("_", " ").lower().split())
+        return self.category_of.get(plain, plain)
+
     def lemma(self, word: str) -> str:
         """Base form of a lower-case word; words of the vocabulary ("skis", "potted") stay as they are."""
         if word in self.exceptions:
@@ -131,7 +138,7 @@ class Vocabulary:
         """
         tokens = self.tokens(caption)
         words = [word for word in TOKEN.findall(caption.lower()) if word[0].isalnum()]
-        present = sorted({self.category_of.get(name, name) for name in truth})
+        present = sorted({self.category(name) for name in truth})
         return {
             "length": len(tokens),
             "words": len(words),
@@ -151,7 +158,7 @@ class Vocabulary:
         """
         if variant not in VARIANTS:
             raise ValueError(f"variant {variant!r}: expected one of {', '.join(VARIANTS)}")
-        found = {self.category_of.get(name, name) for name in dataset.objects(image_id)}
+        found = {self.category(name) for name in dataset.objects(image_id)}
         if variant == "instances+captions":
             for caption in dataset.reference_captions(image_id):
                 found |= {mention.category for mention in self.mentions(caption)}
@@ -214,19 +221,76 @@ def default_variant(dataset: CocoDataset) -> str:
     return "instances+captions" if has_captions and not dataset.name.startswith("scenes:") else "instances"
 
 
-def read_captions(path: str | Path) -> list[dict[str, Any]]:
-    """Read captions to score: JSON lines with ``image_id`` and ``caption``.
+def check_truth(dataset: CocoDataset, image_ids: Sequence[int], variant: str) -> int:
+    """Look whether the ground truth can be what a variant says, before anything is scored by it.
+
+    Args:
+        dataset: gives objects and captions.
+        image_ids: the images that are scored.
+        variant: of `VARIANTS`.
+
+    Returns:
+        how many of the images have reference captions.
+
+    Raises:
+        ValueError: an unknown variant; none of the images has reference captions, and ``variant`` asks for them; no annotation
+            is about an image of the data, or none of its categories is one that captions are searched for.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: expected one of {', '.join(VARIANTS)}")
+    described = dataset.described(image_ids)
+    if "captions" in variant and not described:
+        raise ValueError(
+            f"{dataset.name}: none of the {len(image_ids)} images has reference captions: use the variant 'instances' "
+            "(--variant instances)"
+        )
+    if not dataset.annotated:
+        raise ValueError(
+            f"{dataset.name}: no annotation is about an image of the data ({len(dataset.instances['annotations'])} "
+            "annotations): every object that a caption names would count as invented"
+        )
+    known = coco_vocabulary()
+    strange = [name for name in dataset.categories if known.category(name) not in known.categories]
+    first = ", ".join(map(repr, strange[:4]))
+    if len(strange) == len(dataset.categories):
+        raise ValueError(f"{dataset.name}: none of its categories is one of COCO's 80, which CHAIR is about ({first})")
+    if strange:
+        warnings.warn(
+            f"{dataset.name}: {len(strange)} of {len(dataset.categories)} categories are none of COCO's 80 ({first}): no "
+            "caption is found to name them, and they count as missed",
+            stacklevel=2,
+        )
+    if not any(dataset.objects(image) for image in image_ids):
+        warnings.warn(
+            f"{dataset.name}: none of the {len(image_ids)} images has an annotated object: every object that a caption "
+            "names counts as invented",
+            stacklevel=2,
+        )
+    return described
+
+
+def read_captions(
+    path: str | Path, names: Mapping[str, int] | None = None, **options: str | None
+) -> list[dict[str, Any]]:
+    """Read captions to score.
+
+    Args:
+        path: see `reading.read_entries`.
+        names: see there.
+        **options: ``text_key``, ``image_key`` and ``method`` of it.
+
+    Returns:
+        records of ``image_id`` and ``caption``.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and the record at fault; an image id that occurs twice.
     """
-    records, seen = read_jsonl(path), set()
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record.get("caption"), str) or not isinstance(record.get("image_id"), int):
-            raise ValueError(f"{path}, record {number}: needs 'image_id' (a number) and 'caption' (a text)")
-        if record["image_id"] in seen:
-            raise ValueError(f"{path}, record {number}: image_id {record['image_id']} occurs twice")
-        seen.add(record["image_id"])
-    if not records:
-        raise ValueError(f"{path}: holds no captions")
-    return records
+    entries, _ = read_entries(path, names=names, **options)  # type: ignore[arg-type]
+    seen: dict[int | None, int] = {}
+    for entry in entries:
+        if entry.image in seen:
+            raise ValueError(
+                f"{path}, record {entry.number}: image_id {entry.image} occurs twice (first in record {seen[entry.image]})"
+            )
+        seen[entry.image] = entry.number
+    return [{"image_id": entry.image, "caption": entry.text} for entry in entries]

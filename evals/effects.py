@@ -6,17 +6,18 @@ so the interval is that of their difference over the same images.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlm_attn.evals import amber, chair, pope
-from vlm_attn.evals.coco import read_json
-from vlm_attn.evals.runner import TOP_LEVEL, read_records
+from vlm_attn.evals.reading import read_ids, read_json
+from vlm_attn.evals.runner import TOP_LEVEL
+from vlm_attn.evals.samples import check_record, check_results, read_records
 from vlm_attn.evals.specs import BASELINE, unknown
 from vlm_attn.evals.stats import Pair, difference, mean_of_ratios
+from vlm_attn.evals.tasks import image_ids_hash
 
 Record = Mapping[str, Any]
 # What two runs of one evaluation may differ in and still stand in one table.
@@ -89,7 +90,7 @@ def read_runs(folder: str | Path, methods: Sequence[str] | None = None, *, basel
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a ``results.json`` that is not of this package, a label that no run has.
+        ValueError: a ``results.json`` that is not of this package, a damaged record, a label that no run has.
     """
     root = Path(folder)
     searched = root / "search"  # of an experiment: settings that were tried, no results of it
@@ -98,19 +99,10 @@ def read_runs(folder: str | Path, methods: Sequence[str] | None = None, *, basel
         raise FileNotFoundError(f"{root}: no results.json in this folder or below; give the --out of `vlm-attn eval`")
     runs = []
     for file in files:
-        try:
-            results = json.loads(file.read_text(encoding="utf-8"))
-            labels, _ = list(results["config"]["methods"]), [results[key] for key in ("eval", *TOP_LEVEL)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}: not a results file of vlm-attn eval") from error
+        results = check_results(file, read_json(file), TOP_LEVEL)
         if results["eval"] not in FIGURES:
             raise unknown("evaluation", f"{results['eval']} ({file})", list(FIGURES))
-        records: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
-        for record in read_records(file.parent / "samples.jsonl"):
-            if record["method"] not in records:
-                raise ValueError(f"{file.parent / 'samples.jsonl'}: method {record['method']!r} is not of this run")
-            if not record.get("skipped"):
-                records[record["method"]].append(record)
+        records = _records_of(file.parent, results)
         runs.append(Run(file.parent, results, records))
     labels = list(dict.fromkeys(label for run in runs for label in run.records))
     for label in (*(methods or ()), *([baseline] if baseline not in (None, BASELINE) else [])):
@@ -120,6 +112,39 @@ def read_runs(folder: str | Path, methods: Sequence[str] | None = None, *, basel
         wanted = {*methods, baseline}
         runs = [replace(r, records={k: v for k, v in r.records.items() if k in wanted}) for r in runs]
     return runs
+
+
+def _records_of(folder: Path, results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The answered records of every method, checked one by one and against each other.
+
+    Raises:
+        ValueError: naming the line: not of this run, written twice, about another image, or not as a run writes it.
+    """
+    samples, listed = folder / "samples.jsonl", folder / "image_ids.txt"
+    images = set(read_ids(listed)) if listed.is_file() else None
+    if images is not None and image_ids_hash(read_ids(listed)) != results["image_ids_sha256"]:
+        raise ValueError(f"{listed}: these are not the images of results.json (their hash differs)")
+    records: dict[str, list[dict[str, Any]]] = {label: [] for label in results["config"]["methods"]}
+    seen: dict[tuple[str, int], int] = {}
+    image_of: dict[int, tuple[int, int]] = {}
+    for number, record in enumerate(read_records(samples), start=1):
+        where = f"{samples}, line {number}"
+        label, sample = record["method"], record["sample"]
+        if label not in records:
+            raise ValueError(f"{where}: method {label!r} is not of this run")
+        check_record(where, results["eval"], record)
+        if (label, sample) in seen:
+            raise ValueError(f"{where}: sample {sample} of {label} was in line {seen[label, sample]} already")
+        if sample >= results["counts"]["samples"]:
+            raise ValueError(f"{where}: sample {sample} of a run with {results['counts']['samples']} samples")
+        image, first = image_of.setdefault(sample, (record["image_id"], number))
+        if image != record["image_id"] or (images is not None and image not in images):
+            known = f"in line {first} of image {image}" if image != record["image_id"] else "the run did not use it"
+            raise ValueError(f"{where}: sample {sample} is of image {record['image_id']}; {known}")
+        seen[label, sample] = number
+        if "skipped" not in record:
+            records[label].append(record)
+    return records
 
 
 def read_experiment(folder: str | Path) -> dict[str, dict[str, Any]]:

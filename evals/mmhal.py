@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_attn.evals.coco import read_jsonl
+from vlm_attn.evals.reading import read_jsonl
 from vlm_attn.evals.stats import ratio
 
 Judge = Callable[[str], str]

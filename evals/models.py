@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vlm_attn.evals.reading import read_json
+
 SCENES = "scenes"
 BUNDLED = {SCENES: "ar", "scenes-smol": "smol", "scenes-diffusion": "diffusion"}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -64,8 +66,8 @@ def load_model(
         ``(model, processor)``.
 
     Raises:
-        ValueError: unknown device, dtype, device map or bits, a device beside a device map, or a name that is neither a
-            model folder nor a model on the hub.
+        ValueError: unknown device, dtype, device map or bits, a device beside a device map, a name that is neither a model
+            folder nor a model on the hub, weights that are not safetensors, or files that are broken or incomplete.
         ImportError: bitsandbytes or accelerate is needed and is not installed; ``"scenes-smol"``: its language model can be
             had nowhere.
         FileNotFoundError: the bundled model is not in this installation.
@@ -88,19 +90,36 @@ def load_model(
     else:
         _check_hub(name)
 
+    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
     if bits is not None and device_map is None:
         options["device_map"] = {"": device}
+    check_weights(name, source)
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         with _no_loading_bar():
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+            model: Any
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                source,
+                dtype=wanted,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **options,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what tokenizers, safetensors and configs raise depends on what is broken
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    for kind, what in (("missing_keys", "are not in the checkpoint"), ("mismatched_keys", "have another shape there")):
+        if found.get(kind):
+            first = min(map(str, found[kind]))
+            raise ValueError(
+                f"model {name!r} cannot be loaded: {len(found[kind])} of its weights {what} (first: {first}), so they would "
+                "be random"
+            )
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or not hasattr(processor, "image_processor"):
         raise ValueError(f"model {name!r}: its processor does not take both text and images")
@@ -153,6 +172,86 @@ def _no_loading_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def check_weights(name: str, source: str) -> None:
+    """Refuse a checkpoint that would be loaded from anything but whole safetensors files, which can run no code.
+
+    Args:
+        name: what the user calls it.
+        source: a folder or a hub id.
+
+    Raises:
+        ValueError: naming the file at fault.
+    """
+    folder = Path(source) if Path(source).is_dir() else None
+
+    def file_of(file: str) -> Path | None:
+        if folder is not None:
+            return folder / file if (folder / file).is_file() else None
+        from transformers.utils import cached_file
+
+        try:
+            found = cached_file(
+                source,
+                file,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+        except OSError:
+            found = None
+        return Path(found) if found else None
+
+    def content(file: str) -> dict[str, Any]:
+        path = file_of(file)
+        try:
+            read = read_json(path) if path is not None else {}
+        except ValueError as error:
+            raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+        if not isinstance(read, dict):
+            raise ValueError(f"model {name!r} cannot be loaded: {path}: expected an object, got {type(read).__name__}")
+        return read
+
+    refused = f"model {name!r}: only safetensors are read"
+    other = content("config.json").get("transformers_weights")
+    if other is not None and not str(other).endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(f"{refused}, but its config.json names {str(other)[:80]!r} as its weights")
+    shards: list[str] = []
+    if file_of("model.safetensors") is None or other is not None:
+        index = str(other) if str(other).endswith(".json") else "model.safetensors.index.json"
+        shards = list(dict.fromkeys(map(str, (content(index).get("weight_map") or {}).values())))
+    wrong = [file for file in shards if not file.endswith(".safetensors") or Path(file).name != file]
+    if wrong:
+        raise ValueError(f"{refused}, but its index names {wrong[0][:80]!r}")
+    adapter = content("adapter_config.json")
+    if adapter:
+        if file_of("adapter_model.safetensors") is None:
+            raise ValueError(f"{refused}, but its adapter has no adapter_model.safetensors")
+        base = adapter.get("base_model_name_or_path")
+        if isinstance(base, str) and base != source:
+            check_weights(name, base)
+    if folder is not None:
+        _check_whole(name, folder, [*shards, "model.safetensors", "adapter_model.safetensors"])
+
+
+def _check_whole(name: str, folder: Path, files: list[str]) -> None:
+    """Refuse safetensors of a folder that are missing or cut off; only their headers are read."""
+    from safetensors import safe_open
+
+    for file in files:
+        path = folder / file
+        if not path.is_file():
+            if file in files[:-2]:
+                raise ValueError(f"model {name!r} cannot be loaded: its index names {file}, which is not in the folder")
+            continue
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except Exception as error:  # safetensors' own class is no ValueError
+            raise ValueError(
+                f"model {name!r} cannot be loaded: {path} is cut off or broken ({_first_line(error)})"
+            ) from error
+
+
 def _check_hub(name: str) -> None:
     """Ask the hub once and briefly: transformers itself would retry each of many files for minutes."""
     import huggingface_hub
@@ -186,4 +285,5 @@ def weights_hash(model: Any) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return line if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: {line}".rstrip(": ")

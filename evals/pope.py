@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_attn.evals.coco import CocoDataset, read_jsonl
+from vlm_attn.evals.coco import CocoDataset
+from vlm_attn.evals.reading import image_number, read_jsonl
 from vlm_attn.evals.stats import Metric, Pair, mean_of_ratios
 
 SPLITS = ("random", "popular", "adversarial")
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+COUNTS = ("questions", "unparsed", "disagree", "plain_no", "no_read_as_yes")
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ def question_text(name: str) -> str:
 
 def asked_object(text: str) -> str:
     """The object a question asks for: "Is there a dining table in the image?" -> "dining table"; else the question itself."""
-    found = re.match(r"\s*(?:is|are) there (?:an? |any )?(.+?) in th(?:e|is) \w+", text, re.IGNORECASE)
-    return found.group(1).lower() if found else text
+    found = re.search(r"\b(?:is|are) there (?:an? |any )?(.+?) in th(?:e|is) \w+", text, re.IGNORECASE)
+    return " ".join(found.group(1).lower().split()) if found else text
 
 
 def build_questions(
@@ -122,12 +124,6 @@ def build_questions(
     return questions
 
 
-def image_number(name: Any) -> int | None:
-    """The number an image's name ends in: ``COCO_val2014_000000310196.jpg`` -> 310196; None where there is none."""
-    found = re.search(r"(\d+)(\.\w+)?$", str(name))
-    return int(found.group(1)) if found else None
-
-
 def read_questions(path: str | Path, split: str | None = None) -> list[Question]:
     """Read an official question file: JSON lines (or one JSON array) of ``image``, ``text``, ``label``.
 
@@ -178,6 +174,10 @@ def picture_names(paths: Sequence[str | Path]) -> dict[int, str]:
     return names
 
 
+#: What stands before an answer without being part of it.
+LEAD = r"^[\W_]*(?:assistant|a|(?:(?:the|my) )?(?:(?:final|short|correct) )?answer)\b(?: is|[\W_]*:)+"
+
+
 # Parsers: (answer, gold label) -> "yes", "no", or None where the answer is neither.
 
 
@@ -206,8 +206,17 @@ def parse_vcd(answer: str, label: str = "") -> str | None:
 
 def parse_strict(answer: str, label: str = "") -> str | None:
     """The first word has to be yes or no (any case); everything else is unparsed, and wrong."""
-    word = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
+    word = re.match(r"[\W_]*(yes|no)(?![^\W_])", answer, re.IGNORECASE)
     return word.group(1).lower() if word else None
+
+
+def parse_plain(answer: str) -> str | None:
+    """What a person reads an answer's first word as, markup and a lead such as "Answer:" put aside; None where it is neither.
+
+    No rule of anybody's: it is compared with the rule that was used, so that a rule that does not fit a file shows.
+    """
+    text = re.sub(r"<[^<>]{0,80}>", " ", answer)
+    return parse_strict(re.sub(LEAD, "", text, count=1, flags=re.IGNORECASE))
 
 
 PARSERS: dict[str, Callable[[str, str], str | None]] = {
@@ -246,7 +255,26 @@ def by_split(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def is_unparsed(answer: str) -> bool:
     """Whether an answer has neither the word yes nor the word no in it: its prediction is a guess."""
-    return re.search(r"\b(yes|no)\b", answer, re.IGNORECASE) is None
+    return re.search(r"(?<![^\W_])(yes|no)(?![^\W_])", answer, re.IGNORECASE) is None
+
+
+def readings(answers: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How far a rule and a plain reading of the first word (`parse_plain`) are apart.
+
+    Args:
+        answers: records with ``prediction`` and ``answer``.
+
+    Returns:
+        ``disagree``: answers whose first word says otherwise than the rule; ``plain_no``: answers that begin with no;
+        ``no_read_as_yes``: those of them that the rule took for yes.
+    """
+    count = Counter[str]()
+    for answer in answers:
+        plain = parse_plain(answer["answer"])
+        count["disagree"] += plain is not None and plain != answer["prediction"]
+        count["plain_no"] += plain == "no"
+        count["no_read_as_yes"] += plain == "no" and answer["prediction"] == "yes"
+    return {name: count[name] for name in ("disagree", "plain_no", "no_read_as_yes")}
 
 
 def summarise(answers: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -258,7 +286,7 @@ def summarise(answers: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[st
 
     Returns:
         split -> accuracy, precision, recall, f1, yes_ratio, each ``{"value", "low", "high"}``, and the counts
-        ``questions`` and ``unparsed``; ``"mean"`` is the mean of the splits, with the counts added up.
+        ``questions``, ``unparsed`` and those of `readings`; ``"mean"`` is the mean of the splits, with the counts added up.
     """
     columns = columns_of(answers)
     summary: dict[str, dict[str, Any]] = {}
@@ -267,9 +295,10 @@ def summarise(answers: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[st
         summary[split] = _metrics([columns[split]], seed) | {
             "questions": len(rows),
             "unparsed": sum(is_unparsed(row["answer"]) for row in rows),
+            **readings(rows),
         }
     summary["mean"] = _metrics(list(columns.values()), seed) | {
-        count: sum(summary[split][count] for split in columns) for count in ("questions", "unparsed")
+        count: sum(summary[split][count] for split in columns) for count in COUNTS
     }
     return summary
 

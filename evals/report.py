@@ -11,6 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from vlm_attn.evals.stats import ROUNDING
+
 COLUMNS = {
     "pope": {
         "accuracy": "accuracy",
@@ -58,6 +60,7 @@ def results_table(results: Mapping[str, Any]) -> Group:
         columns = {key: title for key, title in COLUMNS[name].items() if all(key in row for row in rows.values())}
         unparsed = name != "chair" and all("unparsed" in row for row in rows.values())
         title = {"mean": "mean of the splits"}.get(group, f"ground truth: {group}" if name == "chair" else group)
+        title += _share(config) if name == "chair" and "captions" in group else ""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", show_edge=False)
         table.add_column("", style="bold", overflow="fold", min_width=10)
         for title in columns.values():
@@ -80,6 +83,42 @@ def results_table(results: Mapping[str, Any]) -> Group:
     return Group(Text(title, style="bold"), *tables, Text(legend, style="dim"))
 
 
+def _share(config: Mapping[str, Any]) -> str:
+    """How many of the images have reference captions, where not all have."""
+    described, images = config.get("images_described", config["images"]), config["images"]
+    return "" if described == images else f" (captions of {described} of {images} images, {described / images:.0%})"
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know of a run's figures that the table does not show: one sentence each."""
+    said = []
+    config = results["config"]
+    if (
+        results["eval"] == "chair"
+        and _share(config)
+        and any("captions" in group for m in results["metrics"].values() for group in m)
+    ):
+        said.append(
+            f"Only {config['images_described']} of {config['images']} images have reference captions: the ground truth of the "
+            "others is that of instances alone, which raises CHAIR."
+        )
+    for label, metrics in results["metrics"].items():
+        row = metrics.get("mean", metrics.get("discriminative", {})) if results["eval"] in ("pope", "amber") else {}
+        if not row.get("disagree"):
+            continue
+        rule = results.get("parser", "official")
+        if row["no_read_as_yes"] == row["plain_no"] > 0:
+            said.append(
+                f"{label}: every no ({row['plain_no']} answers) was read as yes by the rule {rule!r}, so these figures do not "
+                "say what the model answered. --parser strict reads the first word."
+            )
+        said.append(
+            f"{label}: {row['disagree']} of {row['questions']} answers begin with another word than the rule {rule!r} reads; "
+            f"{row['no_read_as_yes']} of the {row['plain_no']} that begin with no were read as yes."
+        )
+    return said
+
+
 def _cell(metric: Mapping[str, float | None]) -> str:
     low, high = metric["low"], metric["high"]
     if low is None or high is None:
@@ -97,9 +136,9 @@ def signed(metric: Mapping[str, float | None]) -> str:
 
 
 def clear(metric: Mapping[str, float | None]) -> bool:
-    """Whether a difference's interval holds no 0."""
+    """Whether a difference's interval holds no 0; an end that is 0 but for rounding holds it."""
     low, high = metric["low"], metric["high"]
-    return low is not None and high is not None and (low > 0 or high < 0)
+    return low is not None and high is not None and (low > ROUNDING or high < -ROUNDING)
 
 
 def same(metric: Mapping[str, float | None]) -> bool:

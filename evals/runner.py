@@ -35,6 +35,8 @@ from filelock import FileLock, Timeout
 from vlm_attn.evals.models import weights_hash
 from vlm_attn.evals.processes import Processes
 from vlm_attn.evals.prompts import denoising, generate
+from vlm_attn.evals.reading import read_json
+from vlm_attn.evals.samples import check_record, check_results, read_records
 from vlm_attn.evals.specs import MethodSpec
 from vlm_attn.evals.tasks import Task, image_ids_hash
 
@@ -60,7 +62,8 @@ def write_text(path: str | Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        # Half a character (a lone surrogate) becomes its escape, which is how JSON writes it.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -78,20 +81,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a ``samples.jsonl``, up to the first that a killed run left unfinished; none where there is no file."""
-    records: list[dict[str, Any]] = []
-    file = Path(path)
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []:
-        try:
-            record = json.loads(line)
-            _ = record["method"], record["sample"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break  # cut short, or the end of the file
-        records.append(record)
-    return records
-
-
 class _Store:
     """The results folder: what is finished, and how more is added. Without a folder: a list in memory."""
 
@@ -103,29 +92,41 @@ class _Store:
     def lock(self) -> contextlib.AbstractContextManager[Any]:
         """Keep other runs out of the folder; the system lets go of it when this process ends, however it ends.
 
+        A finished run needs no lock where nothing can be written: it is only read.
+
         Raises:
             ValueError: another run is writing there.
+            OSError: nothing can be written there, and the run is not finished.
         """
         if self.folder is None:
             return contextlib.nullcontext()
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             return FileLock(self.folder / ".lock").acquire(timeout=0)
         except Timeout as error:
-            raise ValueError(
-                f"{self.folder}: another run is writing there; wait for it, or choose another --out"
-            ) from error
+            if os.access(self.folder, os.W_OK):
+                raise ValueError(
+                    f"{self.folder}: another run is writing there; wait for it, or choose another --out"
+                ) from error
+            reason = "not writable"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        results = self.folder / "results.json"
+        content = read_json(results) if results.is_file() else None
+        if isinstance(content, dict) and content.get("status") == "complete":
+            return contextlib.nullcontext()
+        raise OSError(f"{self.folder}: cannot be written ({reason}); choose another --out")
 
-    def resume(self, config: Mapping[str, Any], expected: Sequence[tuple[str, int]], batch: Sequence[int]) -> None:
+    def resume(self, config: Mapping[str, Any], expected: Sequence[tuple[str, int, int]], batch: Sequence[int]) -> None:
         """Load what an earlier run with the same config finished.
 
         Args:
             config: of this run.
-            expected: (method, sample) of every line of a complete run, in order.
+            expected: (method, sample, image id) of every line of a complete run, in order.
             batch: for every prefix length that is a whole number of batches, that length.
 
         Raises:
-            ValueError: the folder holds another run.
+            ValueError: the folder holds another run, or is damaged.
         """
         if self.folder is None:
             return
@@ -135,10 +136,10 @@ class _Store:
                 raise ValueError(f"{self.folder}: has samples.jsonl but no results.json; choose another --out")
             return
         try:
-            content = json.loads(results.read_text(encoding="utf-8"))
-            earlier = {**content["config"], **{key: content[key] for key in TOP_LEVEL}}
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{results}: not a results file of vlm-attn; choose another --out") from error
+            content = check_results(results, read_json(results), TOP_LEVEL)
+        except ValueError as error:
+            raise ValueError(f"{error}; choose another --out") from error
+        earlier = {**content["config"], **{key: content[key] for key in TOP_LEVEL}}
         wanted = json.loads(json.dumps(dict(config)))
         changed = [key for key in {**wanted, **earlier} if earlier.get(key) != wanted.get(key)]
         if changed:
@@ -148,20 +149,28 @@ class _Store:
             raise ValueError(f"{self.folder} holds another run ({differences}); choose another --out")
         records = read_records(samples)
         for place, record in enumerate(records):
-            if place >= len(expected) or (record["method"], record["sample"]) != tuple(expected[place]):
-                raise ValueError(f"{samples}, line {place + 1}: not of this run; choose another --out")
+            where = f"{samples}, line {place + 1}"
+            if place >= len(expected) or (record["method"], record["sample"]) != expected[place][:2]:
+                raise ValueError(f"{where}: not of this run; choose another --out")
+            check_record(where, content["eval"], record)
+            if record["image_id"] != expected[place][2]:
+                raise ValueError(
+                    f"{where}: is about image {record['image_id']}, sample {record['sample']} of this run is image "
+                    f"{expected[place][2]}; choose another --out"
+                )
         self.speed = content.get("environment", {}).get("speed", {})
         whole = max(size for size in batch if size <= len(records))
         self.records = records[:whole]
-        if samples.exists():
-            write_text(samples, "".join(_line(record) for record in self.records))
+        text = "".join(_line(record) for record in self.records)
+        if samples.exists() and samples.read_text(encoding="utf-8", errors="replace") != text:
+            write_text(samples, text)
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add the records of a finished batch, on disk before this returns."""
         if self.folder is not None:
             file = self.folder / "samples.jsonl"
             try:
-                with open(file, "a", encoding="utf-8") as lines:
+                with open(file, "a", encoding="utf-8", errors="backslashreplace") as lines:
                     lines.write("".join(_line(record) for record in records))
                     lines.flush()
                     os.fsync(lines.fileno())
@@ -263,7 +272,7 @@ def _run(
     folder = store.folder
     size = len(task.samples)
     starts = range(0, size, batch_size)
-    expected = [(spec.label, place) for spec in specs for place in range(size)]
+    expected = [(spec.label, place, sample.image_id) for spec in specs for place, sample in enumerate(task.samples)]
     whole = [
         row * size + end
         for row in range(len(specs))
@@ -311,7 +320,10 @@ def _run(
         if task.dataset.name.startswith("scenes:"):
             content["note"] = SCENES_NOTE
         if folder is not None:
-            write_json(folder / "results.json", content)
+            # A failure has been reported already, and what was finished before needs no writing: a full or read-only disk.
+            left = status == "failed" or finished_before == len(expected)
+            with contextlib.suppress(*((OSError,) if left else ())):
+                write_json(folder / "results.json", content)
         return content
 
     if processes.first and finished_before < len(expected) and folder is not None:
@@ -396,8 +408,7 @@ def _run(
         status = "interrupted"
     finally:
         # Also after an error: what is finished stays readable, and the same command can go on.
-        with contextlib.suppress(*((OSError,) if status == "failed" else ())):  # a full disk has been reported already
-            content = results(status) if processes.first else {"status": status}
+        content = results(status) if processes.first else {"status": status}
     return content
 
 

@@ -6,39 +6,50 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_attn.evals import amber, chair, mmhal, pope
+from vlm_attn.evals import amber, chair, matching, mmhal, pope
 from vlm_attn.evals._extras import require
-from vlm_attn.evals.coco import CocoDataset, read_jsonl
+from vlm_attn.evals.coco import CocoDataset
+from vlm_attn.evals.reading import image_number, read_entries
 from vlm_attn.evals.runner import SCHEMA_VERSION, versions
 from vlm_attn.evals.tasks import image_ids_hash
 
 
 def score_chair(
-    captions: str | Path, data: str | Path, *, split: str | None = None, variant: str | None = None
+    captions: str | Path,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    variant: str | None = None,
+    caption_key: str | None = None,
+    image_key: str | None = None,
+    method: str | None = None,
 ) -> dict[str, Any]:
     """CHAIR of a file of captions.
 
     Args:
-        captions: JSON lines with ``image_id`` and ``caption``.
+        captions: see `reading.read_entries`.
         data: folder with COCO annotations.
         split: see `CocoDataset.from_folder`.
         variant: ``instances`` or ``instances+captions``; default: `chair.default_variant`.
+        caption_key: key of the caption in a record; default: ``caption``, ``answer``, ``response`` or ``text``.
+        image_key: key of the image; default: ``image_id``, ``image``, ``file_name`` or ``id``.
+        method: whose captions to take of a ``samples.jsonl`` with several methods.
 
     Returns:
         The fields of a results file, with every caption's score under ``samples``. Captions of images that
-        are not in the data are counted in ``counts["skipped"]``.
+        are not in the data are counted in ``counts["skipped"]``, images with reference captions in
+        ``config["images_described"]``.
 
     Raises:
         FileNotFoundError, ValueError: a file that is missing or malformed, no caption about an image of the
-            data, or ``instances+captions`` without reference captions.
+            data, or a ground truth that `chair.check_truth` refuses.
     """
     for library in ("scipy", "simplemma"):
         require(library)
     dataset = CocoDataset.from_folder(data, split)
-    kept, skipped = _captions_of(dataset, captions)
+    kept, skipped = _captions_of(dataset, captions, text_key=caption_key, image_key=image_key, method=method)
     variant = variant or chair.default_variant(dataset)
-    if variant == "instances+captions" and not dataset.captions:
-        raise ValueError(f"{data}: has no reference captions; use --variant instances")
+    described = chair.check_truth(dataset, [record["image_id"] for record in kept], variant)
     vocabulary = chair.coco_vocabulary()
     samples = [
         {
@@ -50,96 +61,97 @@ def score_chair(
     ]
     counts = {"skipped": skipped, "empty": sum(not record["caption"].strip() for record in kept)}
     metrics = {variant: chair.summarise([sample["score"] for sample in samples])}
-    return _results("chair", captions, dataset.name, samples, metrics, counts, {"variant": variant}, "coco_objects")
+    facts = {"variant": variant, "images_described": described}
+    return _results("chair", captions, dataset.name, samples, metrics, counts, facts, "coco_objects")
 
 
-def score_pope(answers: str | Path, questions: Sequence[str | Path], *, parser: str = "official") -> dict[str, Any]:
+def score_pope(
+    answers: str | Path,
+    questions: Sequence[str | Path],
+    *,
+    parser: str = "official",
+    answer_key: str | None = None,
+    image_key: str | None = None,
+    method: str | None = None,
+) -> dict[str, Any]:
     """POPE of a file of answers.
 
+    An answer finds its question by image and question text where its record has both, else by ``question_id`` (also in
+    LLaVA's one file for several lists, whose ids go on at 10,000,001 and 20,000,001), else by its place. What a record says
+    of itself has to fit the question it is matched with: image, text and label, where it has them.
+
     Args:
-        answers: JSON lines with ``answer`` (or ``text``) and either ``question_id``, where there is one file of
-            questions, or ``image`` (or ``image_id``) and ``question``; without any of them, answers are taken in
-            the order of the questions, of which there must be as many.
+        answers: see `reading.read_entries`.
         questions: official files, one per split.
         parser: one of `pope.PARSERS`.
+        answer_key: key of the answer in a record; default: ``caption``, ``answer``, ``response`` or ``text``.
+        image_key: key of the image; default: ``image_id``, ``image`` or ``file_name``.
+        method: whose answers to take of a ``samples.jsonl`` with several methods.
 
     Returns:
         The fields of a results file. Questions without an answer and answers without a question are counted in
         ``counts`` (``unanswered``, ``skipped``).
 
     Raises:
-        FileNotFoundError, ValueError: a file that is missing or malformed, a question answered twice, an unknown
-            parser, or no answer to any question.
+        FileNotFoundError, ValueError: a file that is missing or malformed, an answer that does not fit its question, a
+            question answered twice, an unknown parser, or no answer to any question.
     """
     require("scipy")
     parse = pope.get_parser(parser)
-    asked = [question for file in questions for question in pope.read_questions(file)]
-    records = read_jsonl(answers)
-    if not records:
-        raise ValueError(f"{answers}: holds no answers")
-    given: dict[Any, str] = {}
-    keyed = _answer_key(records[0], 0)[0]
-    if keyed == "question_id" and len(questions) > 1:
-        raise ValueError(f"{answers}: question_id is ambiguous over {len(questions)} question files; score one by one")
-    if keyed == "place" and len(records) != len(asked):
-        raise ValueError(
-            f"{answers}: {len(records)} answers without question_id or image and question, "
-            f"but {len(asked)} questions: cannot tell which belongs to which"
-        )
-    for number, record in enumerate(records):
-        key = _answer_key(record, number)
-        text = record.get("answer", record.get("text"))
-        if not isinstance(text, str) or key[0] != keyed:
-            raise ValueError(f"{answers}, record {number + 1}: needs 'answer' (a text) and the same keys as the first")
-        if key in given:
-            raise ValueError(f"{answers}, record {number + 1}: a second answer to {' '.join(map(str, key[1:]))}")
-        given[key] = text
-    ids = _question_ids(questions[0]) if keyed == "question_id" else []
-    samples: list[dict[str, Any]] = []
-    used = set()
-    for place, question in enumerate(asked):
-        key = {
-            "question_id": lambda place=place: ("question_id", ids[place]),
-            "question": lambda question=question: ("question", question.image_id, _plain(question.text)),
-            "place": lambda place=place: ("place", place),
-        }[keyed]()
-        if key in given:
-            used.add(key)
-            samples.append(
-                {
-                    "image_id": question.image_id,
-                    "question": question.text,
-                    "label": question.label,
-                    "splits": [question.split],
-                    "answer": given[key],
-                    "score": pope.score(given[key], question.label, parse),
-                }
-            )
+    entries, dropped = read_entries(
+        answers, text_key=answer_key, image_key=image_key, option="--answer-key", method=method, needs_image=False
+    )
+    asked = matching.questions_of(questions)
+    given = matching.match(answers, entries, asked)
+    samples: list[dict[str, Any]] = [
+        {
+            "image_id": one.question.image_id,
+            "question": one.question.text,
+            "label": one.question.label,
+            "splits": [one.question.split],
+            "answer": given[place].text,
+            "score": pope.score(given[place].text, one.question.label, parse),
+        }
+        for place, one in enumerate(asked)
+        if place in given
+    ]
     if not samples:
-        raise ValueError(f"{answers}: none of its {len(records)} answers is to a question of {_names(questions)}")
-    counts = {"skipped": len(given) - len(used), "unanswered": len(asked) - len(samples)}
+        raise ValueError(f"{answers}: none of its {len(entries)} answers is to a question of {_names(questions)}")
+    used = {entry.number for entry in given.values()}
+    counts = {
+        "skipped": sum(entry.number not in used for entry in entries) + dropped,
+        "unanswered": len(asked) - len(samples),
+    }
     metrics = pope.summarise(pope.by_split(samples))
     return _results("pope", answers, _names(questions), samples, metrics, counts, {}, parser)
 
 
 def score_amber(
-    answers: str | Path, data: str | Path, *, parser: str = "official", similarity: str = "exact"
+    answers: str | Path,
+    data: str | Path,
+    *,
+    parser: str = "official",
+    similarity: str = "exact",
+    answer_key: str | None = None,
+    method: str | None = None,
 ) -> dict[str, Any]:
     """AMBER of a file of answers.
 
     Args:
-        answers: JSON array or lines with ``id`` (of the query) and ``response``.
+        answers: see `reading.read_entries`; a record has ``id`` (of the query) and ``response``.
         data: AMBER's data folder.
         parser: one of `amber.PARSERS`.
         similarity: one of `amber.SIMILARITIES`.
+        answer_key: key of the answer in a record; default: ``caption``, ``answer``, ``response`` or ``text``.
+        method: whose answers to take of a ``samples.jsonl`` with several methods.
 
     Returns:
         The fields of a results file. Answers to no query are counted in ``counts["skipped"]``, captions without a word in
         ``empty``; queries without an answer are not asked for, as a part of AMBER may be scored alone.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is missing or malformed, a query answered twice, an unknown parser or
-            similarity, or no answer to any query.
+        FileNotFoundError, ValueError: a file that is missing or malformed, a query answered twice, an answer that does not
+            fit its query, an unknown parser or similarity, or no answer to any query.
     """
     for library in ("scipy", "simplemma", "textblob"):
         require(library)
@@ -148,13 +160,27 @@ def score_amber(
     parse, similar = amber.PARSERS[parser], amber.get_similarity(similarity)
     loaded = amber.Amber.from_folder(data)
     queries = {query.id: query for query in loaded.queries}
-    records, given = read_jsonl(answers), dict[int, str]()
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record.get("response"), str) or not isinstance(record.get("id"), int):
-            raise ValueError(f"{answers}, record {number}: needs 'id' (a number) and 'response' (a text)")
-        if record["id"] in given:
-            raise ValueError(f"{answers}, record {number}: a second answer to {record['id']}")
-        given[record["id"]] = record["response"]
+    entries, dropped = read_entries(
+        answers, text_key=answer_key, option="--answer-key", method=method, needs_image=False
+    )
+    given: dict[int, str] = {}
+    for entry in entries:
+        # A map id -> text is read as one of images; of AMBER its keys are queries.
+        number = image_number(entry.record.get("id", entry.record.get("image_id")))
+        where = f"{answers}, record {entry.number}"
+        if number is None:
+            raise ValueError(f"{where}: needs 'id' (the query's number)")
+        if number in given:
+            raise ValueError(f"{where}: a second answer to {number}")
+        if number in queries:
+            query, said = queries[number], matching.said_question(entry.record)
+            wrong = said is not None and matching.plain(query.text) not in matching.plain(said)
+            if wrong or (query.label and str(entry.record.get("label", query.label)).strip().lower() != query.label):
+                raise ValueError(
+                    f"{where}: id {number} is {query.text!r} ({query.label}) in {loaded.name}, and the record says "
+                    f"{said!r} ({entry.record.get('label')})"
+                )
+        given[number] = entry.text
     samples = [
         {
             "image_id": query.image_id,
@@ -169,9 +195,9 @@ def score_amber(
         if query.id in given
     ]
     if not samples:
-        raise ValueError(f"{answers}: none of its {len(records)} answers is to a query of {loaded.name}")
+        raise ValueError(f"{answers}: none of its {len(entries)} answers is to a query of {loaded.name}")
     counts = {
-        "skipped": len(given) - len(samples),
+        "skipped": len(given) - len(samples) + dropped,
         "empty": sum(not str(sample["answer"]).strip() for sample in samples),
     }
     metrics = amber.summarise(samples)
@@ -179,16 +205,27 @@ def score_amber(
 
 
 def score_clip(
-    captions: str | Path, data: str | Path, clip: str, *, split: str | None = None, device: str = "cpu"
+    captions: str | Path,
+    data: str | Path,
+    clip: str,
+    *,
+    split: str | None = None,
+    device: str = "cpu",
+    caption_key: str | None = None,
+    image_key: str | None = None,
+    method: str | None = None,
 ) -> dict[str, Any]:
     """CLIPScore of a file of captions.
 
     Args:
-        captions: JSON lines with ``image_id`` and ``caption``.
+        captions: see `reading.read_entries`.
         data: COCO folder with the pictures; reference captions are used where there are any.
         clip: a CLIP model of open_clip, ``architecture:weights``.
         split: see `CocoDataset.from_folder`.
         device: where CLIP runs.
+        caption_key: see `score_chair`; so are the others.
+        image_key: see there.
+        method: see there.
 
     Returns:
         The fields of a results file. Captions of images that are not in the data are counted in ``counts["skipped"]``, those
@@ -202,7 +239,7 @@ def score_clip(
 
     require("scipy")
     dataset = CocoDataset.from_folder(data, split)
-    kept, skipped = _captions_of(dataset, captions)
+    kept, skipped = _captions_of(dataset, captions, text_key=caption_key, image_key=image_key, method=method)
     scores = clipscore.clip_scores(clip, dataset, kept, device=device)
     samples = [
         {"image_id": r["image_id"], "answer": r["caption"], "score": s} for r, s in zip(kept, scores, strict=True)
@@ -236,16 +273,19 @@ def score_mmhal(answers: str | Path, judge: str, *, template: str | Path | None 
     return _results("mmhal", answers, "MMHal-Bench", samples, mmhal.summarise(rated), counts, facts)
 
 
-def _captions_of(dataset: CocoDataset, file: str | Path) -> tuple[list[dict[str, Any]], int]:
+def _captions_of(dataset: CocoDataset, file: str | Path, **options: str | None) -> tuple[list[dict[str, Any]], int]:
     """The captions of a file about images of the data, and how many are about others.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or malformed, or none is about an image of the data.
     """
-    records, known = chair.read_captions(file), set(dataset.image_ids)
+    records, known = chair.read_captions(file, dataset.image_names, **options), set(dataset.image_ids)
     kept = [record for record in records if record["image_id"] in known]
     if not kept:
-        raise ValueError(f"{file}: none of its {len(records)} captions is about an image of {dataset.name}")
+        raise ValueError(
+            f"{file}: none of its {len(records)} captions is about an image of {dataset.name} "
+            f"(first: image {records[0]['image_id']}; there: {', '.join(map(str, dataset.image_ids[:3]))} ...)"
+        )
     return kept, len(records) - len(kept)
 
 
@@ -274,24 +314,6 @@ def _results(
         "metrics": {label: metrics},
         "samples": samples,
     }
-
-
-def _answer_key(record: dict[str, Any], number: int) -> tuple[Any, ...]:
-    """How an answer names its question."""
-    image = record.get("image_id", record.get("image"))
-    if isinstance(record.get("question"), str) and image is not None:
-        return ("question", pope.image_number(image), _plain(record["question"]))
-    if "question_id" in record:
-        return ("question_id", record["question_id"])
-    return ("place", number)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
-def _question_ids(file: str | Path) -> list[Any]:
-    return [record.get("question_id", place) for place, record in enumerate(read_jsonl(file), start=1)]
 
 
 def _names(files: Sequence[str | Path]) -> str:

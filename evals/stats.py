@@ -13,6 +13,9 @@ import numpy as np
 
 from vlm_attn.evals._extras import require
 
+#: Differences and ends of intervals below this are 0: what is left of rounding, in percent or in tokens.
+ROUNDING = 1e-9
+
 Metric = dict[str, float | None]
 Pair = tuple[Sequence[float], Sequence[float]]
 
@@ -59,13 +62,17 @@ def difference(
         base: the same images under what is compared with, entry by entry.
         scale: see `mean_of_ratios`; so are the others.
 
+    Returns:
+        as `mean_of_ratios`; what is 0 but for rounding is 0.0, so that an interval that ends at 0 holds it.
+
     Raises:
         ValueError: not the same number of images.
     """
     if len({len(column) for pair in (*pairs, *base) for column in pair}) > 1:
         raise ValueError("a paired difference needs the same images on both sides")
     weights = [scale / max(1, len(pairs))] * len(pairs) + [-scale / max(1, len(base))] * len(base)
-    return _bootstrap([*pairs, *base], np.array(weights), confidence, resamples, seed)
+    found = _bootstrap([*pairs, *base], np.array(weights), confidence, resamples, seed)
+    return {name: value if value is None or abs(value) >= ROUNDING else 0.0 for name, value in found.items()}
 
 
 def _bootstrap(pairs: Sequence[Pair], weights: np.ndarray, confidence: float, resamples: int, seed: int) -> Metric:

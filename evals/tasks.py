@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from vlm_attn.evals import amber, chair, pope
 from vlm_attn.evals._extras import require
 from vlm_attn.evals.coco import CocoDataset
+from vlm_attn.evals.reading import read_ids
 
 DEFAULT_IMAGES = 500  # of both protocols
 
@@ -59,23 +59,9 @@ def image_ids_hash(image_ids: Sequence[int]) -> str:
     return hashlib.sha256(",".join(map(str, image_ids)).encode()).hexdigest()
 
 
-def read_image_ids(path: str | Path) -> list[int]:
-    """Image ids from a file: one per line, or a JSON list; ``image_ids.txt`` of a results folder is one.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file; an entry that is no number, or an id that occurs twice.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    words = path.read_text(encoding="utf-8").strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
-    wrong = next((word for word in words if not word.isdecimal()), None)
-    if wrong is not None or not words:
-        raise ValueError(f"{path}: expected image ids, one per line; found {wrong or 'nothing'}")
-    ids = [int(word) for word in words]
-    if twice := next((image for image, count in Counter(ids).items() if count > 1), None):
-        raise ValueError(f"{path}: image {twice} occurs twice")
-    return ids
+def read_image_ids(path: str | Path, names: Mapping[str, int] | None = None) -> list[int]:
+    """Image ids from a file; ``image_ids.txt`` of a results folder is one. See `reading.read_ids`."""
+    return read_ids(path, names)
 
 
 def chosen_ids(dataset: CocoDataset, image_ids: Sequence[int] | None, limit: int | None) -> list[int] | None:
@@ -202,25 +188,20 @@ def chair_task(
         image_ids: describe these, in this order, in place of drawing.
 
     Raises:
-        ValueError: an id that the dataset does not have, unknown variant, or
-            ``instances+captions`` for a dataset without captions.
+        ValueError: an id that the dataset does not have, or a ground truth that `chair.check_truth` refuses.
     """
     for library in ("scipy", "simplemma"):
         require(library)  # now, not after hours of generating
-    has_captions = bool(dataset.captions and dataset.captions["annotations"])
     variant = variant or chair.default_variant(dataset)
-    if variant not in chair.VARIANTS:
-        raise ValueError(f"variant {variant!r}: expected one of {', '.join(chair.VARIANTS)}")
-    if variant == "instances+captions" and not has_captions:
-        raise ValueError(f"{dataset.name} has no reference captions: use the variant 'instances'")
     ids = dataset.image_ids
     if not ids:
         raise ValueError(f"{dataset.name}: holds no images")
     drawn = chosen_ids(dataset, image_ids, limit)
     if drawn is None:
         drawn = random.Random(seed).sample(ids, min(limit or DEFAULT_IMAGES, len(ids)))
+    described = chair.check_truth(dataset, drawn, variant)
     vocabulary = chair.coco_vocabulary()
-    variants = chair.VARIANTS if has_captions else ("instances",)
+    variants = chair.VARIANTS if described else ("instances",)
 
     def score(sample: Sample, answer: str) -> dict[str, Any]:
         return vocabulary.score(answer, vocabulary.truth(dataset, sample.image_id, variant))
@@ -234,7 +215,7 @@ def chair_task(
         }
 
     samples = [Sample(image, prompt) for image in drawn]
-    config = {"prompt": prompt, "parser": "coco_objects", "variant": variant}
+    config = {"prompt": prompt, "parser": "coco_objects", "variant": variant, "images_described": described}
     return Task("chair", dataset, samples, max_new_tokens, config, score, summarise)
 
 

@@ -169,7 +169,12 @@ def test_wrong_folders(folder: Path, name: str, text: str | None, message: str) 
     ("records", "message"),
     [
         ([{"id": 1, "response": "a"}] * 2, "record 2: a second answer to 1"),
-        ([{"id": "1", "response": "a"}], "record 1: needs 'id'"),
+        ([{"id": "first", "response": "a"}], "record 1: needs 'id'"),
+        ([{"id": 1, "response": None}], "record 1: needs 'response' .a text., got None"),
+        (
+            [{"id": 3, "query": "Is the sky red in this image?", "response": "No"}],
+            "id 3 is 'Is there a dog in this image.'",
+        ),
         ([{"id": 99, "response": "a"}], "none of its 1 answers"),
     ],
 )

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
-from vlm_attn.evals import chair
+from vlm_attn.evals import chair, scenes
 from vlm_attn.evals.coco import CocoDataset
+from vlm_attn.evals.report import remarks, results_table
+from vlm_attn.evals.scoring import score_chair
+from vlm_attn.evals.tasks import chair_task
 
-from .conftest import shared_file
+from .conftest import captions_of, instances_of, shared_file, write_folder
 
 VOCABULARY = chair.coco_vocabulary()
 
@@ -198,8 +201,8 @@ def test_captions_to_score_are_checked(tmp_path: Path) -> None:
     file = tmp_path / "captions.jsonl"
     for lines, message in (
         (['{"image_id": 1, "caption": "a"}', '{"image_id": 1, "caption": "b"}'], "record 2: image_id 1 occurs twice"),
-        (['{"image_id": "1", "caption": "a"}'], "record 1: needs 'image_id'"),
-        (['{"image_id": 1}'], "record 1: needs 'image_id'"),
+        (['{"image_id": "a1b", "caption": "a"}'], "record 1: needs 'image_id'"),
+        (['{"image_id": 1}'], "record 1: needs 'caption', 'answer', 'response' or 'text'"),
         ([], "holds no captions"),
     ):
         file.write_text("\n".join(lines))
@@ -207,3 +210,144 @@ def test_captions_to_score_are_checked(tmp_path: Path) -> None:
             chair.read_captions(file)
     file.write_text('{"image_id": 1, "caption": ""}\n')
     assert chair.read_captions(file) == [{"image_id": 1, "caption": ""}]
+
+
+TRUTH = {1: ["dog"], 2: ["cat", "car"], 3: ["dog"], 4: ["cup"]}
+
+
+def scored(folder: Path, captions: dict[int, str], **options: Any) -> dict[str, Any]:
+    file = folder / "mine.json"
+    file.write_text(json.dumps(captions))
+    return score_chair(file, folder, **options)
+
+
+def rewritten(folder: Path, name: str, change: Any) -> None:
+    file = folder / "annotations" / name
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_the_share_of_images_with_reference_captions_is_said(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    folder = write_folder(tmp_path / "data", TRUTH, {3: ["a dog with a kite"]})
+    captions = dict.fromkeys(TRUTH, "a dog with a kite")
+    results = scored(folder, captions)
+    assert results["config"]["images_described"] == 1
+    assert remarks(results)[0].startswith("Only 1 of 4 images have reference captions")
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(results_table(results))
+    assert "instances+captions (captions of 1 of 4 images, 25%)" in console.export_text()
+    assert remarks(scored(folder, {3: "a dog"})) == []
+    assert remarks(scored(folder, captions, variant="instances")) == []
+    for variant in (None, "instances+captions"):  # none of the scored images has any
+        with pytest.raises(ValueError, match="none of the 2 images has reference captions.*--variant instances"):
+            scored(folder, {1: "a dog", 2: "a cat"}, variant=variant)
+    task = chair_task(CocoDataset.from_folder(folder))
+    assert task.config["images_described"] == 1
+    with pytest.raises(ValueError, match="none of the 2 images has reference captions"):
+        chair_task(CocoDataset.from_folder(folder), image_ids=[1, 2])
+
+
+def test_the_share_on_real_captions(tmp_path: Path) -> None:
+    """LLaVA-1.5's published captions: 75 of 500 images have reference captions."""
+    truth = [json.loads(line) for line in shared_file("coco_gt/chair500_opera_gt.jsonl").read_text().splitlines()]
+    folder = tmp_path / "data"
+    (folder / "annotations").mkdir(parents=True)
+    objects = {record["image_id"]: list(record["objects"]) for record in truth}
+    captions = {record["image_id"]: record["captions"] for record in truth if "captions" in record}
+    instances = instances_of(objects, tuple(VOCABULARY.categories))
+    (folder / "annotations/instances_val2014.json").write_text(json.dumps(instances))
+    (folder / "annotations/captions_val2014.json").write_text(json.dumps(captions_of(captions)))
+    file = shared_file("chair/captions/llava-1.5__greedy.jsonl")
+    results = score_chair(file, folder)
+    assert results["config"] == {
+        "model": file.stem, "data": "data:val2014", "variant": "instances+captions", "images_described": 75, "images": 500,
+    }  # fmt: skip
+    assert "Only 75 of 500" in remarks(results)[0]
+    alone = score_chair(file, folder, variant="instances")["metrics"][file.stem]["instances"]["chair_s"]["value"]
+    assert alone == pytest.approx(51.2, abs=0.5)
+    # Names in another case or with underscores, and ids as text, are the same data.
+    for change in (
+        lambda c: [category.update(name=category["name"].title()) for category in c["categories"]],
+        lambda c: [category.update(name=category["name"].replace(" ", "_").upper()) for category in c["categories"]],
+        lambda c: [image.update(id=str(image["id"])) for image in c["images"]],
+        lambda c: [note.update(image_id=str(note["image_id"])) for note in c["annotations"]],
+        lambda c: [note.update(image_id=f"{note['image_id']:012d}") for note in c["annotations"]],
+    ):
+        (folder / "annotations/instances_val2014.json").write_text(json.dumps(instances))
+        rewritten(folder, "instances_val2014.json", change)
+        assert (
+            score_chair(file, folder, variant="instances")["metrics"][file.stem]["instances"]["chair_s"]["value"]
+            == alone
+        )
+
+
+def test_ground_truth_that_matches_nothing_is_refused_or_warned_about(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", TRUTH)
+    file = folder / "annotations" / "instances.json"
+    good, captions = file.read_text(), {1: "a dog", 2: "a cat"}
+    for change, message in (
+        (lambda c: c.update(annotations=[]), "no annotation is about an image of the data .0 annotations."),
+        (
+            lambda c: [note.update(image_id=note["image_id"] + 10**6) for note in c["annotations"]],
+            "no annotation is about",
+        ),
+        (
+            lambda c: [k.update(name=f"n{k['id']}") for k in c["categories"]],
+            "none of its categories is one of COCO's 80, .*'n1'",
+        ),
+    ):
+        file.write_text(good)
+        rewritten(folder, "instances.json", change)
+        with pytest.raises(ValueError, match=message):
+            scored(folder, captions)
+        with pytest.raises(ValueError, match=message):
+            chair_task(CocoDataset.from_folder(folder))
+    for change, message in (
+        (lambda c: c["categories"][2].update(name="gnome"), "1 of 10 categories are none of COCO's 80 .'gnome'"),
+        (lambda c: c.update(annotations=c["annotations"][-1:]), "none of the 2 images has an annotated object"),
+    ):
+        file.write_text(good)
+        rewritten(folder, "instances.json", change)
+        with pytest.warns(UserWarning, match=message):
+            scored(folder, captions)
+
+
+def test_scenes_are_scored_against_what_is_drawn() -> None:
+    """They have captions, too, but these name nothing that is not annotated: ``instances`` is exact there."""
+    dataset = scenes.dataset("validation").subset(scenes.dataset("validation").image_ids[:3])
+    assert dataset.captions["annotations"]
+    assert chair.default_variant(dataset) == "instances"
+    assert chair_task(dataset).config["variant"] == "instances"
+
+
+def test_every_figure_of_a_case_where_all_counts_differ() -> None:
+    """Counted by hand, so that no two of the counts can change places unnoticed."""
+    scores = [
+        VOCABULARY.score(
+            "a dog, a dog, a dog and a cat, a cat near a kite, a kite", ["dog", "car", "bus", "cup", "bowl", "fork"]
+        ),
+        VOCABULARY.score("a bus. a bus. the car", ["bus", "car", "boat"]),
+        VOCABULARY.score("some grass", ["kite", "boat", "bear"]),
+        VOCABULARY.score("a horse", ["horse"]),
+        VOCABULARY.score("a zebra and dogs", ["sheep"]),
+    ]
+    captions, bad = 5, 2  # captions; those with an invented object: the first and the last
+    mentions, invented = 7 + 3 + 0 + 1 + 2, 4 + 0 + 0 + 0 + 2  # cats, kites; zebra, dogs
+    named, right, there = 3 + 2 + 0 + 1 + 2, 1 + 2 + 0 + 1 + 0, 6 + 3 + 3 + 1 + 1
+    words, different = 16 + 6 + 2 + 2 + 4, 6 + 4 + 2 + 2 + 4
+    length = (16 + 4) + (6 + 2) + 2 + 2 + 4
+    assert len({captions, bad, mentions, invented, named, right, there, words, different, length}) == 10
+    assert {name: metric["value"] for name, metric in chair.summarise(scores).items()} == pytest.approx(
+        {
+            "chair_s": 100 * bad / captions,
+            "chair_i": 100 * invented / mentions,
+            "recall": 100 * right / there,
+            "precision": 100 * right / named,
+            "f1": 100 * 2 * right / (named + there),
+            "length": length / captions,
+            "distinct_1": 100 * different / words,
+        }
+    )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from vlm_attn import cli
-from vlm_attn.evals import chair, effects, page, pope, report, runner
+from vlm_attn.evals import chair, effects, page, pope, report, runner, samples, stats
 from vlm_attn.evals.coco import CocoDataset, open_image
 from vlm_attn.evals.plots import frontier, place_labels
 from vlm_attn.evals.specs import parse_specs
-from vlm_attn.evals.tasks import chair_task
+from vlm_attn.evals.tasks import chair_task, image_ids_hash
 
 VOCABULARY = chair.coco_vocabulary()
 GIFT = [{"name": "gift", "params": {"alpha": 2.0}, "searched": 5}]
@@ -74,6 +76,61 @@ def test_differences_are_paired(run: Path) -> None:
     assert found["methods"]["baseline"]["searched"] is None
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "beyond"),
+    [
+        (-0.3, -5.8e-15, False), (4.3e-16, 0.7, False), (-0.3, 0.0, False), (0.0, 0.7, False), (-0.2, 0.1, False),
+        (-0.3, -0.001, True), (0.001, 0.7, True), (None, None, False),
+    ],
+)  # fmt: skip
+def test_an_interval_that_ends_at_0_but_for_rounding_holds_0(low: Any, high: Any, beyond: bool) -> None:
+    metric = {"value": 0.2, "low": low, "high": high}
+    assert report.clear(metric) is beyond
+    assert report._effect_cell({"value": 3.0, "difference": metric})[1].endswith(" *") is beyond
+
+
+def test_differences_of_nothing_are_exactly_0() -> None:
+    """A third and a seventh of hundreds of images: sums that differ in the last digit are no difference."""
+    rng = np.random.default_rng(0)
+    pairs = [(rng.integers(0, 2, 300) / 3, np.full(300, 1 / 7)) for _ in range(3)]
+    other = [(top * 3 / 3 * (1 + 1e-16) + 1e-17, bottom) for top, bottom in pairs]
+    assert stats.difference(pairs, other, scale=100.0) == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_published_results_hold_no_rounding_and_their_marks_are_those_of_the_report() -> None:
+    root = Path(report.__file__).parent
+    root = root if (root / "results").is_dir() else Path(__file__).parents[2] / "evals"
+
+    def measured(content: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(content, dict):
+            if {"value", "low", "high"} <= content.keys():
+                yield content
+            content = list(content.values())
+        for part in content if isinstance(content, list) else ():
+            yield from measured(part)
+
+    for file in sorted((root / "results").glob("*.json")):
+        for metric in measured(json.loads(file.read_text("utf-8"))):
+            ends = [metric[name] for name in ("value", "low", "high") if isinstance(metric[name], float)]
+            assert not any(0 < abs(end) < stats.ROUNDING for end in ends), file.name
+    table = (root.parent / "docs" / "results.md").read_text("utf-8")
+    (found,) = json.loads((root / "results" / "effect-scenes.json").read_text("utf-8"))
+    columns = {2: "chair.chair_s", 3: "chair.chair_i", 4: "chair.recall", 5: "chair.f1",
+               8: "pope.random.f1", 9: "pope.popular.f1", 10: "pope.adversarial.f1"}  # fmt: skip
+    seen = 0
+    for label, entry in found["methods"].items():
+        row = next((line for line in table.splitlines() if line.startswith(f"| `{label}` |") and "*" in line or
+                    line.startswith(f"| `{label}` |") and line.count("|") == 13), None)  # fmt: skip
+        cells = row.split("|")[1:] if row else []
+        for place, key in columns.items():
+            name, _, figure = key.partition(".")
+            cell = entry["figures"].get(name, {}).get(figure, {}).get("difference")
+            if cell and cells and cells[place].strip():
+                seen += 1
+                assert ("*" in cells[place]) is report.clear(cell), (label, key, cells[place])
+    assert seen > 100
+
+
 def test_unfinished_methods_are_compared_over_what_they_have(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", {"baseline": BASE, "gift": BETTER[:24]})
     found = effects.effects(effects.read_runs(folder))
@@ -121,12 +178,121 @@ def test_without_the_baseline_there_are_no_differences(run: Path) -> None:
     report.effects_markdown(found)
 
 
+def changed(run: Path, change: Any) -> None:
+    results = json.loads((run / "results.json").read_text())
+    change(results)
+    (run / "results.json").write_text(json.dumps(results))
+
+
+def turned(**changes: Any) -> Any:
+    return lambda line: json.dumps({k: v for k, v in {**json.loads(line), **changes}.items() if v is not ...})
+
+
+#: What is wrong with line 3 of the samples, and what is said of it.
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "cut": (lambda line: line[:40], "line 3: not valid JSON"),
+    "empty": (lambda line: "", "line 3: not valid JSON"),
+    "deep": (lambda line: '{"method": ' + "[" * 100_000, "line 3: nested too deeply"),
+    "list": (lambda line: "[]", "line 3: expected an object, got list"),
+    "no method": (turned(method=...), "line 3: needs 'method'"),
+    "method of another type": (turned(method=["gift"]), "line 3: 'method' should be a text"),
+    "sample of another type": (turned(sample="2"), "line 3: 'sample' should be a whole number from 0 on, got '2'"),
+    "sample that is true": (turned(sample=True), "line 3: 'sample' should be"),
+    "sample below 0": (turned(sample=-1), "line 3: 'sample' should be"),
+    "sample beyond the run": (turned(sample=40), "line 3: sample 40 of a run with 40 samples"),
+    "twice": (turned(sample=1), "line 3: sample 1 of baseline was in line 2 already"),
+    "no score": (turned(score=...), "line 3: needs 'score'"),
+    "score of another type": (turned(score=1.0), "line 3: 'score' should be an object"),
+    "score without words": (turned(score={"length": 1, "mentions": [], "truth": []}), "line 3: score: needs 'words'"),
+    "truth of another type": (turned(score={**VOCABULARY.score("a", []), "truth": [1]}), "'truth' should be a list of texts"),
+    "mention without a name": (turned(score={**VOCABULARY.score("a", []), "mentions": [{}]}), "mention 1: needs 'text'"),
+    "mention outside": (turned(answer="a"), "line 3: mention 1 lies outside the answer"),
+    "no answer": (turned(answer=...), "line 3: needs 'answer'"),
+    "answer of another type": (turned(answer=None), "line 3: 'answer' should be a text, got 'None'"),
+    "image of another type": (turned(image_id="2"), "line 3: 'image_id' should be a whole number"),
+    "another image": (turned(image_id=5), "sample 2 is of image 2; in line 3 of image 5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_record_is_named_and_not_scored(run: Path, damage: str) -> None:
+    change, message = DAMAGE[damage]
+    file = run / "samples.jsonl"
+    lines = file.read_text().splitlines()
+    lines[2] = change(lines[2])
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        effects.read_runs(run)
+    assert "samples.jsonl" in str(error.value)
+
+
+def test_damaged_bytes_are_not_taken_for_an_answer(run: Path) -> None:
+    file = run / "samples.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"a dog and a cat", b"a dog and a \xffat", 1))
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 1: not UTF-8"):
+        effects.read_runs(run)
+
+
+def test_the_images_of_a_run_are_those_of_its_list(run: Path) -> None:
+    listed = run / "image_ids.txt"
+    listed.write_text("".join(f"{image}\n" for image in range(40)))
+    with pytest.raises(ValueError, match=r"image_ids\.txt: these are not the images of results\.json"):
+        effects.read_runs(run)
+    changed(run, lambda results: results.update(image_ids_sha256=image_ids_hash(range(40))))
+    effects.read_runs(run)
+    file = run / "samples.jsonl"
+    file.write_text(re.sub(r'"image_id": 7\b', '"image_id": 77', file.read_text()))  # under both methods
+    with pytest.raises(ValueError, match="line 8: sample 7 is of image 77; the run did not use it"):
+        effects.read_runs(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"label": "maybe"}, "'label' should be yes or no"),
+        ({"splits": "random"}, "'splits' should be a list of texts"),
+        ({"question": ...}, "needs 'question'"),
+        ({"score": {"prediction": "no", "correct": True, "unparsed": False}}, "'correct' is True, but no was read"),
+        ({"score": {"prediction": "si", "correct": False, "unparsed": False}}, "'prediction' should be yes, no or null"),
+        ({"score": {"prediction": "yes", "correct": 1, "unparsed": False}}, "'correct' should be true or false"),
+    ],
+)  # fmt: skip
+def test_records_of_questions(changes: dict[str, Any], message: str | None) -> None:
+    good = {
+        "method": "gift", "sample": 0, "image_id": 1, "question": "q", "label": "yes", "splits": ["random"], "answer": "Yes",
+        "score": {"prediction": "yes", "correct": True, "unparsed": False},
+    }  # fmt: skip
+    for name, facts in (("pope", {}), ("amber", {"id": 3, "kind": "existence"})):
+        record = {key: value for key, value in {**good, **facts, **changes}.items() if value is not ...}
+        if message is None or (name == "amber" and ("splits" in changes or changes.get("label") == "maybe")):
+            if changes.get("label") != "maybe":
+                samples.check_record("here", name, record)
+            continue
+        with pytest.raises(ValueError, match=message):
+            samples.check_record("here", name, record)
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (lambda run: (run / "results.json").unlink(), r"no results\.json"),
         (lambda run: (run / "results.json").write_text("{}"), "not a results file"),
-        (lambda run: (run / "results.json").write_text("{"), "not a results file"),
+        (lambda run: (run / "results.json").write_text("[]"), "not a results file"),
+        (lambda run: (run / "results.json").write_text("{"), r"results\.json: not valid JSON"),
+        (lambda run: (run / "results.json").write_text("[" * 200_000), r"results\.json: nested too deeply"),
+        (lambda run: changed(run, lambda r: r["config"].update(methods=["gift"])), "'methods' should be an object"),
+        (
+            lambda run: changed(run, lambda r: r["config"].update(methods={"gift": "x"})),
+            "'gift': expected a list of methods",
+        ),
+        (lambda run: changed(run, lambda r: r.update(counts=3)), "'counts' should be an object, got '3'"),
+        (lambda run: changed(run, lambda r: r["counts"].update(samples="40")), "'samples' should be a whole number"),
+        (
+            lambda run: changed(run, lambda r: r["environment"].update(speed=[1])),
+            r"environment\.speed: expected numbers",
+        ),
+        (lambda run: changed(run, lambda r: r.pop("seed")), "needs 'seed'"),
         (
             lambda run: (run / "samples.jsonl").write_text('{"method": "x", "sample": 0, "score": {}}\n'),
             "'x' is not of this run",

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,115 @@ def test_killed_in_the_middle_of_a_line(dataset: CocoDataset, tiny_model: tuple[
     run(task, tiny_model, tmp_path)
     assert lasting(tmp_path) == expected
     assert {p.name for p in tmp_path.iterdir()} - {".lock"} == {"results.json", "samples.jsonl", "image_ids.txt"}
+
+
+def test_resumed_from_any_record_of_a_batch_equals_plain(
+    dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """A batch that was cut short is run again as a whole: batches of the resumed run are those of the plain one."""
+    task = chair_task(dataset, max_new_tokens=6)  # 7 images in batches of 4, for two methods: 0, 4, 7, 11, 14 are whole
+    run(task, tiny_model, tmp_path)
+    expected = lasting(tmp_path)
+    samples, results = tmp_path / "samples.jsonl", json.loads((tmp_path / "results.json").read_text())
+    lines = samples.read_text().splitlines(keepends=True)
+    batches: list[list[Any]] = []
+    plain = runner.generate
+    for kept in range(len(lines)):
+        (tmp_path / "results.json").write_text(json.dumps({**results, "status": "running", "metrics": {}}))
+        samples.write_text("".join(lines[:kept]))
+        begun: list[int] = []
+        batches.append([])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "generate", lambda *args: batches[-1].append(len(args[2])) or plain(*args))
+            run(task, tiny_model, tmp_path, progress=lambda label, count: begun.append(count))
+        assert lasting(tmp_path) == expected, kept
+        whole = max(size for size in (0, 4, 7, 11, 14) if size <= kept)
+        assert batches[-1] == {0: [4, 3, 4, 3], 4: [3, 4, 3], 7: [4, 3], 11: [3]}[whole], kept
+        assert begun[0] == min(whole, 7), kept
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda r: {**r, "image_id": r["image_id"] + 1},
+            r"line 3: is about image \d+, sample 2 of this run is image \d+",
+        ),
+        (lambda r: {k: v for k, v in r.items() if k != "score"}, "line 3: needs 'score'"),
+        (lambda r: {**r, "score": []}, "line 3: 'score' should be an object"),
+        (lambda r: {**r, "sample": 3}, "line 3: not of this run"),
+        (lambda r: {**r, "answer": None}, "line 3: 'answer' should be a text"),
+    ],
+)
+def test_a_damaged_folder_is_not_resumed(
+    dataset: CocoDataset, tiny_model: tuple[Any, Any], tmp_path: Path, change: Any, message: str
+) -> None:
+    task = chair_task(dataset, max_new_tokens=2)
+    run(task, tiny_model, tmp_path)
+    samples = tmp_path / "samples.jsonl"
+    lines = samples.read_text().splitlines()
+    lines[2] = json.dumps(change(json.loads(lines[2])))
+    samples.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=message):
+        run(task, tiny_model, tmp_path)
+    assert samples.read_text().splitlines() == lines  # left alone
+    lines[2] = lines[2][:20]
+    samples.write_text("\n".join(lines) + "\n")
+    with pytest.raises(
+        ValueError, match=r"samples\.jsonl, line 3: not valid JSON"
+    ):  # in the middle: damaged, not cut short
+        run(task, tiny_model, tmp_path)
+
+
+@pytest.fixture
+def read_only() -> Iterator[Any]:
+    """A context in which a folder below the yielded one cannot be written to, by rights, also for root."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+
+        @contextlib.contextmanager
+        def sealed() -> Iterator[None]:
+            places = list(Path(root).rglob("*"))
+            for path in places:
+                path.chmod(0o555 if path.is_dir() else 0o444)
+            Path(root).chmod(0o555)
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            try:
+                yield
+            finally:
+                if os.getuid() == 0:
+                    os.seteuid(0)
+                Path(root).chmod(0o755)
+                for path in places:
+                    path.chmod(0o755 if path.is_dir() else 0o644)
+
+        yield Path(root), sealed
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs the rights of POSIX")
+def test_a_finished_run_on_a_read_only_disk_is_read(
+    dataset: CocoDataset, tiny_model: tuple[Any, Any], read_only: Any
+) -> None:
+    root, sealed = read_only
+    task = chair_task(dataset, max_new_tokens=2)
+    results = run(task, tiny_model, root / "done")
+    shutil.copytree(root / "done", root / "part")
+    lines = (root / "part" / "samples.jsonl").read_text().splitlines(keepends=True)
+    (root / "part" / "samples.jsonl").write_text("".join(lines[:4]))
+    (root / "part" / "results.json").write_text(json.dumps({**results, "status": "interrupted"}))
+    with sealed():
+        again = run(task, tiny_model, root / "done")
+        shown = CliRunner().invoke(cli.app, ["report", str(root / "done")])
+        with pytest.raises(OSError, match=r"part: cannot be written .*choose another --out"):
+            run(task, tiny_model, root / "part")
+    assert again["status"] == "complete"
+    assert again["metrics"] == results["metrics"]
+    assert shown.exit_code == 0, shown.output
+    assert "CHAIR_S" in shown.output
+    assert "cannot be written: here are the tables" in " ".join(shown.output.split())
 
 
 def test_finished_run_computes_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
@@ -80,7 +81,8 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Image ids, one per line, in place of drawing them; a results folder's image_ids.txt is such a file.",
+            help="Image ids, one per line, in place of drawing them: image_ids.txt of a results folder, a JSON list, or any "
+            "file with a record per image.",
         ),
     ] = None,
     pope_file: Annotated[
@@ -139,11 +141,13 @@ def evaluate(
         raise ValueError("amber has pictures of its own: run it by itself, with --data AMBER_DIR")
     if "amber" in names:
         dataset = evals_module("amber").Amber.from_folder(data)
-    elif names == ["pope"] and pope_file and data != "scenes" and not (Path(data) / "annotations").is_dir():
-        dataset = evals_module("coco").CocoDataset.of_pictures(data, evals_module("pope").picture_names(pope_file))
+    elif names == ["pope"] and pope_file and data != "scenes" and not evals_module("coco").is_annotated(data, split):
+        pictures = evals_module("pope").picture_names(pope_file)
+        dataset = evals_module("coco").CocoDataset.of_pictures(data, pictures, split)
     else:
         dataset = dataset_of(data, split)
-    image_ids = evals_module("tasks").read_image_ids(ids) if ids is not None else None
+    named = getattr(dataset, "dataset", dataset).image_names
+    image_ids = evals_module("tasks").read_image_ids(ids, named) if ids is not None else None
     tasks = []
     for name in names:
         options: dict[str, Any] = {"limit": limit, "seed": seed, "image_ids": image_ids}
@@ -245,6 +249,7 @@ def _run_with_progress(console: Any, task: Any, specs: Sequence[Any], *args: Any
 def _print_results(console: Any, results: dict[str, Any], folder: Path) -> None:
     if results["metrics"]:
         console.print(evals_module("report").results_table(results))
+        _print_remarks(console, results)
     if results["counts"]["empty"]:
         console.print(f"{results['counts']['empty']} answers are empty; they count.")
     if "skipped_images" in results:
@@ -264,6 +269,11 @@ def _print_results(console: Any, results: dict[str, Any], folder: Path) -> None:
         console.print(
             f"Stopped after {done} of {total} samples. The same command with --out {folder} goes on from there."
         )
+
+
+def _print_remarks(console: Any, results: dict[str, Any]) -> None:
+    for sentence in evals_module("report").remarks(results):
+        console.print(sentence, style="yellow", markup=False)
 
 
 @app.command(rich_help_panel=EVALUATE)
@@ -303,27 +313,44 @@ def report(
     worlds = effects.worlds(runs)
     pictures = [_pictures_of(world[0].config["data"], {run.eval for run in world}, data, split) for world in worlds]
     found, sections, texts = [], [], []
-    out = out or folder / "report"
-    out.mkdir(parents=True, exist_ok=True)
+    place = _report_folder(console, folder, out)
     for number, (world, dataset) in enumerate(zip(worlds, pictures, strict=True), start=1):
         facts = effects.effects(world, baseline=baseline, experiment=experiment)
         suffix = f"-{number}" if number > 1 else ""
-        plots = [
-            evals_module("plots").plot_frontier(facts, out / f"frontier{suffix}.png"),
-            evals_module("plots").plot_categories(world, list(facts["methods"]), out / f"categories{suffix}.png"),
-        ]
         console.print(tables.effects_group(facts))
         found.append(facts)
+        if place is None:
+            continue
+        plots = [
+            evals_module("plots").plot_frontier(facts, place / f"frontier{suffix}.png"),
+            evals_module("plots").plot_categories(world, list(facts["methods"]), place / f"categories{suffix}.png"),
+        ]
         texts.append(tables.effects_markdown(facts))
         drawn = [plot for plot in plots if plot is not None]
         sections.append(evals_module("page").section(facts, world, drawn, dataset=dataset, worst=worst))
-    evals_module("runner").write_text(out / "report.md", "\n".join(texts))
-    made = f"Made on {datetime.now():%Y-%m-%d} by vlm-attn {vlm_attn.__version__}."
-    page = evals_module("page")
-    evals_module("runner").write_text(out / "report.html", page.page(sections, page.title_of(found), made))
     if json_file is not None:
         write_json(json_file, found)
-    console.print(f"Written: {out / 'report.html'}, {out / 'report.md'}", soft_wrap=True)
+    if place is not None:
+        evals_module("runner").write_text(place / "report.md", "\n".join(texts))
+        made = f"Made on {datetime.now():%Y-%m-%d} by vlm-attn {vlm_attn.__version__}."
+        page = evals_module("page")
+        evals_module("runner").write_text(place / "report.html", page.page(sections, page.title_of(found), made))
+        console.print(f"Written: {place / 'report.html'}, {place / 'report.md'}", soft_wrap=True)
+
+
+def _report_folder(console: Any, folder: Path, out: Path | None) -> Path | None:
+    """Where the report goes; None where the results lie on a disk that cannot be written to, and no other place is given."""
+    place = out or folder / "report"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
+            raise PermissionError(f"{place}: cannot be written")
+    except OSError:
+        if out is not None:
+            raise
+        console.print(f"{place} cannot be written: here are the tables; --out FOLDER keeps the whole report.")
+        return None
+    return place
 
 
 def _pictures_of(name: str, evals: set[str], data: Path | None, split: str | None) -> Any:
@@ -352,10 +379,16 @@ def _score(context: typer.Context) -> None:
 @score_app.command("pope")
 def score_pope(
     answers: Annotated[
-        Path, typer.Option(help="JSON lines with answer, and question_id or image and question (else in order).")
+        Path,
+        typer.Option(
+            help="JSON lines, JSON or CSV with answer, and question_id or image and question (else in order); or samples.jsonl."
+        ),
     ],
     questions: Annotated[list[Path], typer.Option(help="Official questions, one file per split. Repeats.")],
     parser: opt.Parser = "official",
+    answer_key: opt.AnswerKey = None,
+    image_key: opt.ImageKey = None,
+    method: opt.OneMethod = None,
     json_file: opt.Json = None,
 ) -> None:
     """Score a file of yes/no answers with POPE.
@@ -363,7 +396,9 @@ def score_pope(
     Example: [b]vlm-attn score pope --answers answers.jsonl --questions coco_pope_popular.json[/b]
     """
     quiet_warnings()
-    results = evals_module("scoring").score_pope(answers, questions, parser=parser)
+    results = evals_module("scoring").score_pope(
+        answers, questions, parser=parser, answer_key=answer_key, image_key=image_key, method=method
+    )
     _print_scores(
         results,
         json_file,
@@ -374,7 +409,7 @@ def score_pope(
 
 @score_app.command("chair")
 def score_chair(
-    captions: Annotated[Path, typer.Option(help="JSON lines with image_id and caption.")],
+    captions: opt.Captions,
     data: Annotated[Path, typer.Option(help="Folder with COCO annotations (no images needed).")],
     split: opt.Part = None,
     variant: Annotated[
@@ -384,13 +419,19 @@ def score_chair(
             show_default="official where there are captions",
         ),
     ] = None,
+    caption_key: opt.CaptionKey = None,
+    image_key: opt.ImageKey = None,
+    method: opt.OneMethod = None,
     json_file: opt.Json = None,
 ) -> None:
     """Score a file of captions with CHAIR.
 
     Example: [b]vlm-attn score chair --captions captions.jsonl --data COCO_DIR --variant instances[/b]
     """
-    results = evals_module("scoring").score_chair(captions, data, split=split, variant=variant)
+    quiet_warnings()
+    results = evals_module("scoring").score_chair(
+        captions, data, split=split, variant=variant, caption_key=caption_key, image_key=image_key, method=method
+    )
     _print_scores(
         results,
         json_file,
@@ -407,13 +448,18 @@ def score_amber(
         str, typer.Option(help="official (Yes or No and nothing else), opera, vcd or strict.")
     ] = "official",
     similarity: Annotated[str, typer.Option(help="exact, or spacy (its vectors).")] = "exact",
+    answer_key: opt.AnswerKey = None,
+    method: opt.OneMethod = None,
     json_file: opt.Json = None,
 ) -> None:
     """Score a file of answers with AMBER.
 
     Example: [b]vlm-attn score amber --answers answers.json --data AMBER_DIR[/b]
     """
-    results = evals_module("scoring").score_amber(answers, data, parser=parser, similarity=similarity)
+    quiet_warnings()
+    results = evals_module("scoring").score_amber(
+        answers, data, parser=parser, similarity=similarity, answer_key=answer_key, method=method
+    )
     _print_scores(
         results,
         json_file,
@@ -424,12 +470,15 @@ def score_amber(
 
 @score_app.command("clip")
 def score_clip(
-    captions: Annotated[Path, typer.Option(help="JSON lines with image_id and caption.")],
+    captions: opt.Captions,
     data: Annotated[Path, typer.Option(help="COCO folder with the pictures.")],
     clip: Annotated[
         str, typer.Option(help="A CLIP model of open_clip: architecture:weights, weights a name or a file.")
     ] = "ViT-B-32-quickgelu:openai",
     split: opt.Part = None,
+    caption_key: opt.CaptionKey = None,
+    image_key: opt.ImageKey = None,
+    method: opt.OneMethod = None,
     device: opt.Device = "auto",
     json_file: opt.Json = None,
 ) -> None:
@@ -437,8 +486,11 @@ def score_clip(
 
     Example: [b]vlm-attn score clip --captions captions.jsonl --data COCO_DIR --clip ViT-B-32-quickgelu:weights.pt[/b]
     """
+    quiet_warnings()
     device = evals_module("models").pick_device(device)
-    results = evals_module("scoring").score_clip(captions, data, clip, split=split, device=device)
+    results = evals_module("scoring").score_clip(
+        captions, data, clip, split=split, device=device, caption_key=caption_key, image_key=image_key, method=method
+    )
     _print_scores(
         results,
         json_file,
@@ -471,6 +523,7 @@ def _print_scores(results: dict[str, Any], json_file: Path | None, **remarks: st
     if json_file is not None:
         write_json(json_file, results)
     console.print(evals_module("report").results_table(results))
+    _print_remarks(console, results)
     for count, text in remarks.items():
         if results["counts"][count]:
             console.print(f"{results['counts'][count]} {text}.")

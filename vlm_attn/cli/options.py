@@ -83,3 +83,22 @@ Json = Annotated[
 ]
 Parser = Annotated[str, typer.Option(help="Yes/no answers: official, opera, vcd or strict.")]
 Part = Annotated[str | None, typer.Option(help="val2014, val2017 ...", show_default="the first found")]
+Captions = Annotated[
+    Path,
+    typer.Option(help="Captions: JSON lines, a JSON array or map, CSV with image_id and caption; or a samples.jsonl."),
+]
+CaptionKey = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Key of the caption.", show_default="caption, answer, response or text"),
+]
+AnswerKey = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Key of the answer.", show_default="caption, answer, response or text"),
+]
+ImageKey = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Key of the image.", show_default="image_id, image, file_name or id"),
+]
+OneMethod = Annotated[
+    str | None, typer.Option("--method", help="Whose answers, where a samples.jsonl has those of several methods.")
+]

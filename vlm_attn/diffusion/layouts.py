@@ -130,9 +130,10 @@ def load(
         The model, in evaluation mode; its config says mask token, mask and shift.
 
     Raises:
-        ValueError: not one of the layouts; keys left over or missing.
+        ValueError: not one of the layouts; keys left over or missing; a file that is broken.
         FileNotFoundError: no such files.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import (
         LlamaConfig,
@@ -147,8 +148,16 @@ def load(
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder}: a checkpoint has config.json and *.safetensors")
-    raw = json.loads((folder / "config.json").read_text())
-    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / 'config.json'}: not valid JSON ({error})") from error
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: cut off or broken ({error})") from error
     name = layout_of(list(weights))
     layout = LAYOUTS[name]
     fields = {
