@@ -281,23 +281,8 @@ class CocoDataset:
             FileNotFoundError: no such folder, or no annotations in it (says which files were looked for).
             ValueError: unreadable or malformed JSON, naming the file.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder (it needs annotations/instances*.json)")
-        splits = list(LAYOUTS) if split is None else [split]
-        if split is not None and split not in LAYOUTS:
-            raise ValueError(f"split {split!r}: expected one of {', '.join(filter(None, LAYOUTS))}")
-        for key in splits:
-            instances_name, captions_name, image_folders = LAYOUTS[key]
-            instances_file = folder / "annotations" / instances_name
-            if instances_file.is_file():
-                break
-        else:
-            looked_for = ", ".join(LAYOUTS[key][0] for key in splits)
-            raise FileNotFoundError(
-                f"{folder}: no COCO annotations in {folder / 'annotations'} (looked for {looked_for}). "
-                "Unpack COCO's annotations_trainval2014.zip there, or name your file instances.json"
-            )
+        key, instances_file = find_annotations(path, split)
+        folder, (_, captions_name, image_folders) = Path(path), LAYOUTS[key]
         instances = read_json(instances_file)
         captions_file = folder / "annotations" / captions_name
         captions = read_json(captions_file) if captions_file.is_file() else None
@@ -333,6 +318,29 @@ class CocoDataset:
         images = [{"id": image, "file_name": name} for image, name in names.items()]
         instances = {"images": images, "annotations": [], "categories": [{"id": 0, "name": "unknown"}]}
         return cls(folder.name, instances, None, FolderImages(folder, folders, instances, "the questions"))
+
+
+def find_annotations(path: str | Path, split: str | None = None) -> tuple[str, Path]:
+    """Which of `LAYOUTS` a folder has, and its instances file; nothing is read.
+
+    Raises:
+        FileNotFoundError, ValueError: see `CocoDataset.from_folder`.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder (it needs annotations/instances*.json)")
+    if split is not None and split not in LAYOUTS:
+        raise ValueError(f"split {split!r}: expected one of {', '.join(filter(None, LAYOUTS))}")
+    keys = list(LAYOUTS) if split is None else [split]
+    for key in keys:
+        file = folder / "annotations" / LAYOUTS[key][0]
+        if file.is_file():
+            return key, file
+    raise FileNotFoundError(
+        f"{folder}: no COCO annotations in {folder / 'annotations'} (looked for "
+        f"{', '.join(LAYOUTS[key][0] for key in keys)}). Unpack COCO's annotations_trainval2014.zip there, or name your "
+        "file instances.json"
+    )
 
 
 def is_annotated(path: str | Path, split: str | None = None) -> bool:

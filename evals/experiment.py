@@ -24,10 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlm_attn.evals import runner
-from vlm_attn.evals.calibrate import choose
 from vlm_attn.evals.coco import CocoDataset
 from vlm_attn.evals.prompts import generate
 from vlm_attn.evals.specs import BASELINE, MethodSpec, unknown
@@ -117,6 +114,8 @@ def search(
     Returns:
         The chosen spec, under the run's label, and ``{"searched", "settings"}``: how many, and their figures in percent.
     """
+    from vlm_attn.evals.calibrate import choose
+
     grid = settings(label)
     if len(grid) > 1:
         tried = {
@@ -157,6 +156,8 @@ def latency(
         ``latency``: the median over pairs of time per caption over the plain model's; ``low`` and ``high``, the 20 % and 80 %
         quantiles. On one CPU thread it is processor time, which other work on the machine does not change.
     """
+    import torch
+
     clock = time.process_time if model.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     samples = task.samples[:images]
     pictures = [task.dataset.load_image(sample.image_id) for sample in samples]

@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from vlm_attn.evals._extras import require
 
 
@@ -19,9 +17,12 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        # Without a word about the CPU, accelerate takes a machine that has nothing else for a lone process.
-        state = require("accelerate").PartialState(cpu=not torch.accelerator.is_available()) if several else None
+        state = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
+
+            # Without a word about the CPU, accelerate takes a machine that has nothing else for a lone process.
+            state = require("accelerate").PartialState(cpu=not torch.accelerator.is_available())
         self._state = state
         self.count: int = state.num_processes if state else 1
         self.rank: int = self._state.process_index if self._state else 0

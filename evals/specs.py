@@ -121,9 +121,9 @@ def parse_specs(methods: Sequence[str], params: Sequence[str] = (), preset: str 
             range.
         TypeError: an unknown parameter.
     """
-    import vlm_attn
+    from vlm_attn import registry
 
-    known = [BASELINE, *vlm_attn.methods()]
+    known = [BASELINE, *registry.names()]
     runs = {label: tuple(label.split("+")) for label in methods}
     for names in runs.values():
         for name in names:

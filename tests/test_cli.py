@@ -5,10 +5,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from vlm_attn import __version__, cli
@@ -54,6 +56,63 @@ def test_help_and_version_need_no_torch() -> None:
         done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == "heavy: []"
         assert ("Describe images" in done.stdout) is (args in (["--help"], []))
+
+
+def test_what_needs_no_model_imports_no_torch(tmp_path: Path) -> None:
+    """`methods`, scores of answers that exist, and whatever is refused before a model is needed start at once."""
+    code = (
+        "import sys; from vlm_attn import cli\n"
+        "try: cli.app(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code or 0\n"
+        "print('heavy:', sorted({'torch', 'transformers'} & set(sys.modules)), code)"
+    )
+    (tmp_path / "q.json").write_text(
+        json.dumps([{"image": f"{n}.jpg", "text": "Is there a cup in the image?", "label": label}
+                    for n, label in enumerate(("yes", "no"))])
+    )  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps([{"answer": "Yes"}, {"answer": "No"}]))
+    missing = str(tmp_path / "none")
+    cases: list[tuple[list[str], int]] = [
+        (["methods"], 0),
+        (["methods", "--json"], 0),
+        (["score", "pope", "--answers", str(tmp_path / "a.json"), "--questions", str(tmp_path / "q.json")], 0),
+        (["evil"], 2),
+        (["eval", "pope", "--oops"], 2),
+        (["eval", "pope", "--method", "gfit"], 2),
+        (["eval", "chair", "--data", missing], 2),
+        (["eval", "chair", "--data", str(tmp_path)], 2),
+        (["eval", "pope", "--data", missing, "--pope-file", str(tmp_path / "q.json")], 2),
+        (["eval", "amber", "--data", missing], 2),
+        (["caption", missing], 2),
+        (["experiment", "--out", missing, "--data", missing, "--search-split", "val2014"], 2),
+        (["experiment", "--out", missing, "--method", "gfit"], 2),
+        (["calibrate", "scenes", "--data", missing], 2),
+        (["score", "chair", "--captions", missing, "--data", missing], 2),
+        (["report", missing], 2),
+    ]
+    for args, wanted in cases:
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines()[-1] == f"heavy: [] {wanted}", (args, done.stdout[-500:], done.stderr[-500:])
+        assert "Traceback" not in done.stderr
+
+
+def commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command there is, with its name."""
+    for key, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{name}{key} ")
+        else:
+            yield name + key, command
+
+
+def test_every_option_is_bound_once_and_m_is_the_model() -> None:
+    found = dict(commands(typer.main.get_command(cli.app)))
+    assert len(found) > 15
+    for name, command in found.items():
+        options = [text for param in command.params for text in (*param.opts, *param.secondary_opts)]
+        assert len(options) == len(set(options)), name
+        for param in command.params:
+            assert "-m" not in param.opts or "--model" in param.opts, name
 
 
 def test_console_script() -> None:
@@ -124,6 +183,16 @@ def test_benchmark_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert call("bench", "overhead", "--layers", "2", "--help", "--json", "x").exit_code == 0
     assert seen == [["--layers", "2", "--help", "--json", "x"]]
+
+
+def test_methods_are_described_as_their_classes_do() -> None:
+    """What is read from their sources is what the classes say."""
+    from vlm_attn import registry
+
+    for name, info in registry.methods().items():
+        assert info.cls.name == name
+        assert info.summary == info.cls.__doc__.strip().splitlines()[0]
+        assert info.paper == info.cls.paper
 
 
 def test_methods() -> None:

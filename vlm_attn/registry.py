@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import sys
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlm_attn.method import Method
+if TYPE_CHECKING:
+    from vlm_attn.method import Method
 
 METHODS = {
     "agla": "vlm_attn.hallucination.agla:Agla",
@@ -72,7 +76,11 @@ class MethodInfo:
     name: str
     summary: str
     paper: str
-    cls: type[Method]
+
+    @property
+    def cls(self) -> type[Method]:
+        """The method's class, imported when it is asked for."""
+        return method_class(self.name)
 
 
 @cache
@@ -116,8 +124,15 @@ def build(name: str, **parameters: Any) -> Method:
     return cls(**parameters)
 
 
+def names() -> list[str]:
+    """The names of all registered methods, in order; nothing is imported."""
+    return sorted(_targets())
+
+
 def methods() -> dict[str, MethodInfo]:
     """All registered methods by name, each with a one-line summary, its paper and its class.
+
+    The methods themselves, and torch with them, are not imported before a class is asked for.
 
     Examples:
         >>> vlm_attn.methods()["gift"].paper
@@ -125,9 +140,37 @@ def methods() -> dict[str, MethodInfo]:
         >>> vlm_attn.methods()["fastv"].cls(keep=0.5).keep
         0.5
     """
-    found = {}
-    for name in sorted(_targets()):
-        cls = method_class(name)
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        found[name] = MethodInfo(name=name, summary=summary, paper=cls.paper, cls=cls)
-    return found
+    return {name: MethodInfo(name, *_described(name)) for name in names()}
+
+
+@cache
+def _described(name: str) -> tuple[str, str]:
+    """The first line of a method's docstring and its paper, read from the source where that says them."""
+    module, _, attribute = _targets()[name].partition(":")
+    file = _source(module)
+    for node in ast.parse(file.read_text(encoding="utf-8")).body if file is not None else ():
+        if isinstance(node, ast.ClassDef) and node.name == attribute:
+            texts = {
+                target.id: entry.value.value
+                for entry in node.body
+                if isinstance(entry, (ast.Assign, ast.AnnAssign)) and isinstance(entry.value, ast.Constant)
+                for target in (entry.targets if isinstance(entry, ast.Assign) else [entry.target])
+                if isinstance(target, ast.Name)
+            }
+            summary, paper = ast.get_docstring(node), texts.get("paper")
+            if summary and isinstance(paper, str):
+                return summary.splitlines()[0], paper
+    cls = method_class(name)  # made at run time, inherited, or without a source
+    return ((cls.__doc__ or "").strip().splitlines() or [""])[0], cls.paper
+
+
+def _source(module: str) -> Path | None:
+    """The source file of a module, found without importing its packages."""
+    spec, path, name = None, None, ""
+    for part in module.split("."):
+        name = f"{name}.{part}" if name else part
+        spec = next((found for finder in sys.meta_path if (found := finder.find_spec(name, path)) is not None), None)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+    return Path(spec.origin) if spec is not None and (spec.origin or "").endswith(".py") else None

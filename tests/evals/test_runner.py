@@ -172,15 +172,15 @@ def test_resumed_from_any_record_of_a_batch_equals_plain(
     for kept in range(len(lines)):
         (tmp_path / "results.json").write_text(json.dumps({**results, "status": "running", "metrics": {}}))
         samples.write_text("".join(lines[:kept]))
-        begun: list[int] = []
+        begun: list[tuple[str, int]] = []
         batches.append([])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runner, "generate", lambda *args: batches[-1].append(len(args[2])) or plain(*args))
-            run(task, tiny_model, tmp_path, progress=lambda label, count: begun.append(count))
+            run(task, tiny_model, tmp_path, progress=lambda *what, seen=begun: seen.append(what))
         assert lasting(tmp_path) == expected, kept
         whole = max(size for size in (0, 4, 7, 11, 14) if size <= kept)
         assert batches[-1] == {0: [4, 3, 4, 3], 4: [3, 4, 3], 7: [4, 3], 11: [3]}[whole], kept
-        assert begun[0] == min(whole, 7), kept
+        assert begun[0] == ("baseline", min(whole, 7)), kept
 
 
 @pytest.mark.parametrize(

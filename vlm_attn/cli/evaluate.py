@@ -40,11 +40,18 @@ class EvalName(StrEnum):
     amber = "amber"
 
 
+def check_data(data: str, split: str | None) -> None:
+    """Refuse a split that there is not and a folder without annotations, before anything is imported or loaded."""
+    if data != "scenes":
+        evals_module("coco").find_annotations(data, split)
+    elif split not in (None, "validation", "test"):
+        raise ValueError(f"split {split!r}: the scenes world has validation and test")
+
+
 def dataset_of(data: str, split: str | None) -> Any:
     """The scenes, or a COCO folder, by what ``--data`` and ``--split`` say."""
+    check_data(data, split)
     if data == "scenes":
-        if split not in (None, "validation", "test"):
-            raise ValueError(f"split {split!r}: the scenes world has validation and test")
         return evals_module("scenes").dataset(split or "validation")
     return evals_module("coco").CocoDataset.from_folder(data, split)
 
@@ -135,13 +142,18 @@ def evaluate(
     """
     quiet_warnings()
     names = list(dict.fromkeys(name.value for name in evals))
-    runs = evals_module("specs").with_pruning(method or usual(model, "baseline", "gift", "var"), prune)
-    specs = evals_module("specs").parse_specs(runs, param or [], preset)
     if "amber" in names and (len(names) > 1 or data == "scenes"):
         raise ValueError("amber has pictures of its own: run it by itself, with --data AMBER_DIR")
+    alone = names == ["amber"] or (names == ["pope"] and bool(pope_file) and data != "scenes")
+    if not alone:
+        check_data(data, split)
+    elif not Path(data).is_dir():
+        raise FileNotFoundError(f"{data}: no such folder")
+    runs = evals_module("specs").with_pruning(method or usual(model, "baseline", "gift", "var"), prune)
+    specs = evals_module("specs").parse_specs(runs, param or [], preset)
     if "amber" in names:
         dataset = evals_module("amber").Amber.from_folder(data)
-    elif names == ["pope"] and pope_file and data != "scenes" and not evals_module("coco").is_annotated(data, split):
+    elif alone and not evals_module("coco").is_annotated(data, split):
         pictures = evals_module("pope").picture_names(pope_file)
         dataset = evals_module("coco").CocoDataset.of_pictures(data, pictures, split)
     else:
@@ -536,7 +548,6 @@ def calibrate(
         list[str] | None,
         typer.Option(
             "--method",
-            "-m",
             help="Whose constants to measure: gift, var, vhr, pai, paint, duo, razor. Repeats.",
             show_default="gift and var",
         ),
@@ -577,6 +588,7 @@ def calibrate(
 
     Example: [b]vlm-attn calibrate llava-hf/llava-1.5-7b-hf --data COCO_DIR --search 150 --check 200 -o llava.json[/b]
     """
+    check_data(data, split)
     module = evals_module("calibrate")
     names = list(dict.fromkeys(method or ("gift", "var")))
     module.check(names)

@@ -18,7 +18,7 @@ from vlm_attn.cli.common import (
     quiet_libraries,
     quiet_warnings,
 )
-from vlm_attn.cli.evaluate import dataset_of
+from vlm_attn.cli.evaluate import check_data, dataset_of
 
 
 @app.command(rich_help_panel=CALIBRATE)
@@ -27,9 +27,7 @@ def experiment(
     model: opt.Model = "scenes",
     method: Annotated[
         list[str] | None,
-        typer.Option(
-            "--method", "-m", help="Only these runs, such as gift or pai+guidance. Repeats.", show_default="all"
-        ),
+        typer.Option("--method", help="Only these runs, such as gift or pai+guidance. Repeats.", show_default="all"),
     ] = None,
     data: Annotated[str, typer.Option(help="[b]scenes[/b], or a COCO folder.")] = "scenes",
     search_split: Annotated[str, typer.Option(help="Where settings are chosen.")] = "validation",
@@ -52,6 +50,8 @@ def experiment(
     Example: [b]vlm-attn experiment --out runs/effect --method gift --method vcd[/b]
     """
     quiet_warnings()
+    for part in (search_split, split):
+        check_data(data, part)
     module = evals_module("experiment")
     labels = list(dict.fromkeys(method or module.GRIDS))
     for label in labels:
