@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import inspect
@@ -9,6 +10,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import tempfile
 import threading
 from abc import ABCMeta
@@ -23,6 +25,9 @@ os.environ.setdefault("MPLBACKEND", "agg")  # gradio asks for it; matplotlib wou
 require("gradio", "demo")
 
 import gradio as gr  # noqa: E402
+import httpx  # noqa: E402
+from PIL import Image  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
 
 from vlm_attn.demo import link, markup  # noqa: E402
 from vlm_attn.demo.controls import Control, params  # noqa: E402
@@ -38,9 +43,11 @@ from vlm_attn.demo.studio import (  # noqa: E402
     open_upload,
     scene_picture,
 )
+from vlm_attn.evals.coco import is_transparent  # noqa: E402
 from vlm_attn.evals.models import caption_tokens  # noqa: E402
 from vlm_attn.evals.scenes import CATEGORIES  # noqa: E402
 
+SWITCH = 0.0005  # seconds after which a thread that computes lets another one have the interpreter
 AT_ONCE = 2  # visitors who are served at the same time; the others wait in the queue
 WAITING = 100  # and more than that are asked to come back
 SESSIONS = 200  # visitors whose last captions, with their picture, are kept in memory
@@ -107,6 +114,56 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
     return stream if inspect.isgeneratorfunction(function) else plain
 
 
+class SameForAll:
+    """The page and what describes it, made once for all visitors and kept: they are the same for everybody.
+
+    Gradio makes them anew for each, by copying the whole configuration: while captions are written that takes so long that of
+    thirty visitors who come at once half give up (a client waits five seconds).
+    """
+
+    PATHS = ("/", "/config", "/gradio_api/info")
+    HEADERS = (
+        b"host",
+        b"x-forwarded-host",
+        b"x-forwarded-proto",
+        b"x-gradio-server",
+    )  # what the page's address is made of
+    AT_MOST = 16  # addresses: the headers are anybody's
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.kept: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        self.making = asyncio.Lock()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request, as ASGI has it."""
+        path, query = scope.get("path"), scope.get("query_string", b"")
+        shared = path in self.PATHS and not (query if path != "/" else b"deep_link" in query or b"page=" in query)
+        if scope["type"] != "http" or scope["method"] != "GET" or not shared:
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        key = (path, scope.get("root_path"), scope.get("scheme"), *(headers.get(name) for name in self.HEADERS))
+        if key not in self.kept and len(self.kept) >= self.AT_MOST:
+            return await self.app(scope, receive, send)
+        async with self.making:
+            messages = self.kept.get(key)
+            if messages is None:
+                messages = []
+
+                async def keep(message: dict[str, Any]) -> None:
+                    messages.append(message)
+
+                await self.app(scope, receive, keep)
+                lasting = messages[0].get("status") == 200 and not any(
+                    name.lower() == b"set-cookie" for name, _ in messages[0].get("headers", ())
+                )
+                if lasting and len(self.kept) < self.AT_MOST:
+                    self.kept[key] = messages
+        for message in messages:
+            await send(message)
+        return None
+
+
 def component(control: Control) -> Any:
     """The control on the page."""
     label, value, info = control.name, control.shown(control.default), control.help or None
@@ -144,7 +201,11 @@ def build(studio: Studio) -> gr.Blocks:
             return scene_picture(int(scene))
         if path is None:
             raise ValueError("Choose a picture first: drop one, paste one, or take an example.")
-        return Picture(open_upload(path))
+        picture = Picture(open_upload(path))
+        with Image.open(path) as image:
+            if is_transparent(image):
+                gr.Warning("The picture has transparent parts: the model is shown the colours below them.")
+        return picture
 
     def changed(methods: Sequence[str], values: Sequence[Any]) -> list[str]:
         return params(studio.controls, methods, {c.key: value for c, value in zip(known, values, strict=True)})
@@ -222,8 +283,10 @@ def build(studio: Studio) -> gr.Blocks:
         state = link.State(number, tuple(methods), found, prompt, question, int(tokens), int(steps))
         return link.to_query(state, start)
 
+    @told
     def restore(query: str) -> list[Any]:
-        state, wrong = link.from_query(query, SCENES, MAX_TOKENS, MAX_CHARACTERS, start)
+        choices = {control.key for control in known}
+        state, wrong = link.from_query(query, SCENES, MAX_TOKENS, MAX_CHARACTERS, start, choices)
         for sentence in wrong:
             gr.Warning(escape(sentence, quote=False))
         given = {key.strip(): value for key, _, value in (text.partition("=") for text in state.params)}
@@ -389,6 +452,9 @@ def serving(
     with tempfile.TemporaryDirectory(prefix="vlm-attn-demo-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # before the page is built: its components read it then
         page = build(studio)
+        # The page's thread needs the interpreter often and briefly, those that write captions need it all the time.
+        patience = sys.getswitchinterval()
+        sys.setswitchinterval(min(patience, SWITCH))
         try:
             page.launch(
                 server_name=host,
@@ -404,9 +470,14 @@ def serving(
                 ssr_mode=False,
                 enable_monitoring=False,
                 state_session_capacity=SESSIONS,
+                app_kwargs={"middleware": [Middleware(SameForAll)]},
             )
+            with contextlib.suppress(httpx.HTTPError):  # made now, so that the first visitors do not wait for it
+                for path in SameForAll.PATHS:
+                    httpx.get(page.local_url.rstrip("/") + path, timeout=60, trust_env=False)
             yield page
         finally:
+            sys.setswitchinterval(patience)
             page.close(verbose=False)
             if before is None:
                 del os.environ["GRADIO_TEMP_DIR"]

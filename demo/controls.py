@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from vlm_attn import presets, registry
@@ -87,17 +88,35 @@ def parameter_help(cls: type) -> dict[str, str]:
     return found
 
 
-def controls(cls: type[Method], config: Any = None) -> list[Control]:
-    """The parameters of a method in the order of its fields.
+def kept_back(cls: type[Method]) -> list[str]:
+    """Parameters that a visitor may not choose, as they name a file or a model on the server.
+
+    Those that the method says it loads; of methods of other packages also every text, as nobody has looked what it names.
+    """
+    hints = typing.get_type_hints(cls)
+    foreign = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
+    return [
+        field.name
+        for field in fields(cls)
+        if field.name in cls.loads or (foreign and {str, Path, Any} & set(_alternatives(hints[field.name])))
+    ]
+
+
+def controls(cls: type[Method], config: Any = None, given: Mapping[str, Any] | None = None) -> list[Control]:
+    """The parameters of a method that a visitor may choose, in the order of its fields.
 
     Args:
         cls: the method's class.
         config: the model's config; the preset that fits it gives defaults.
+        given: defaults of whoever starts the demo.
     """
-    constants = presets.constants(cls.name, config, None) if config is not None else {}
+    constants = dict(presets.constants(cls.name, config, None)) if config is not None else {}
+    constants |= given or {}
     hints, texts = typing.get_type_hints(cls), parameter_help(cls)
     found = []
     for field in fields(cls):
+        if field.name in kept_back(cls):
+            continue
         hint, text = hints[field.name], texts.get(field.name, "")
         options = [kind for kind in _alternatives(hint) if kind is not type(None)]
         kind, choices = _kind(options)
@@ -123,17 +142,32 @@ def controls(cls: type[Method], config: Any = None) -> list[Control]:
 ELSEWHERE = {"mvp": "answers closed questions only", "opera": "writes nothing before its search has ended"}
 
 
-def all_controls(config: Any = None) -> dict[str, list[Control]]:
-    """The parameters, by name, of the methods that the demo has for a model: none for denoising steps where there are none and
-    none that contrasts next tokens where there are such steps, nor any of `ELSEWHERE`."""
+def needs_model(cls: type[Method], given: Mapping[str, Any]) -> list[str]:
+    """Parameters that name a model the method cannot do without, and that whoever starts the demo has not given."""
+    defaults = {field.name: field.default for field in fields(cls)}
+    return [name for name in cls.loads if name not in given and defaults[name]]
+
+
+def all_controls(config: Any = None, given: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, list[Control]]:
+    """The parameters, by name, of the methods that the demo has for a model.
+
+    Not among them: methods for denoising steps where there are none, those that contrast next tokens where there are such
+    steps, those of `ELSEWHERE`, and those that load another model unless it is given.
+
+    Args:
+        config: the model's config.
+        given: method -> parameters that whoever starts the demo has set.
+    """
+    given = given or {}
     denoises = getattr(config, "mask_token_id", None) is not None
     known = {
         name: info.cls
         for name, info in registry.methods().items()
         if not (issubclass(info.cls, Decoding) if denoises else getattr(info.cls, "timed", False))
         and name not in ELSEWHERE
+        and not needs_model(info.cls, given.get(name, {}))
     }
-    return {name: controls(cls, config) for name, cls in known.items()}
+    return {name: controls(cls, config, given.get(name)) for name, cls in known.items()}
 
 
 def params(known: Mapping[str, Sequence[Control]], methods: Sequence[str], values: Mapping[str, Any]) -> list[str]:

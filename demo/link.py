@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlencode
 
 from vlm_attn.evals import chair, specs
 
 METHODS = ("baseline", "gift")
+MAX_FIELDS = 100
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,14 @@ def to_query(state: State, start: State = START) -> str:
     return urlencode(pairs)
 
 
-def from_query(query: str, scenes: int, longest: int, characters: int, start: State = START) -> tuple[State, list[str]]:
+def from_query(
+    query: str,
+    scenes: int,
+    longest: int,
+    characters: int,
+    start: State = START,
+    known: Container[str] | None = None,
+) -> tuple[State, list[str]]:
     """The state a query stands for. What cannot be used is left at its default and reported.
 
     Args:
@@ -59,18 +67,22 @@ def from_query(query: str, scenes: int, longest: int, characters: int, start: St
         longest: largest ``tokens``.
         characters: length at which texts are refused.
         start: the defaults.
+        known: parameters that a visitor may choose (``"gift.alpha"``); None: all.
 
     Returns:
         The state, and one sentence for each thing that was wrong.
     """
-    pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=100)
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_FIELDS)
+    except ValueError:
+        return start, [f"The link has more than {MAX_FIELDS} fields, so nothing is taken from it."]
     wrong = []
 
     def whole(name: str, low: int, high: int, default: int | None) -> int | None:
         text = next((value for key, value in pairs if key == name), None)
         if text is None:
             return default
-        if text.isdecimal() and low <= int(text[:9]) <= high:
+        if text.isdecimal() and len(text) <= 9 and low <= int(text) <= high:
             return int(text)
         wrong.append(f"{name}={text[:40]!r} in the link is not a number from {low} to {high}.")
         return default
@@ -84,6 +96,10 @@ def from_query(query: str, scenes: int, longest: int, characters: int, start: St
 
     methods = _unique(value for key, value in pairs if key == "method") or start.methods
     params = _unique(value for key, value in pairs if key == "param")
+    closed = [] if known is None else [text for text in params if text.partition("=")[0].strip() not in known]
+    for text in closed:
+        wrong.append(f"{text.partition('=')[0][:40]} in the link is no setting of this page, and is left out.")
+    params = tuple(text for text in params if text not in closed)
     try:
         specs.parse_specs(methods, params)
     except (ValueError, TypeError) as error:

@@ -12,23 +12,24 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import vlm_attn
-from vlm_attn import diffusion
-from vlm_attn.demo.controls import all_controls
+from vlm_attn import diffusion, registry
+from vlm_attn.demo.controls import all_controls, kept_back, needs_model
 from vlm_attn.demo.overlay import overlay, seen_box
 from vlm_attn.evals import pope, scenes
 from vlm_attn.evals.chair import coco_vocabulary
+from vlm_attn.evals.coco import UnknownRange, as_rgb
 from vlm_attn.evals.prompts import build_inputs, denoising
 from vlm_attn.evals.specs import MethodSpec, parse_specs
 from vlm_attn.families import image_token_ids
@@ -43,6 +44,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_RUNS = 6
 MAX_CHARACTERS = 500
 MAX_TOKENS = 256
+WAIT = 1.0  # seconds without anything new after which a page is told so
 CANVAS = 32  # positions of a masked-diffusion model's answer, where nothing else is asked for
 SPLIT = "validation"
 SCENES = 500
@@ -180,9 +182,11 @@ def open_upload(path: str | os.PathLike[str]) -> Image.Image:
                 image.verify()
             with Image.open(path, formats=FORMATS) as image:  # verify() leaves nothing to read from
                 image.draft("RGB", (MAX_SIDE, MAX_SIDE))
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+                upright = as_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"The file is no picture: {', '.join(FORMATS)} are taken.") from error
+    except UnknownRange as error:
+        raise ValueError(f"The picture {error}.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
         raise ValueError("The picture cannot be read: the file is cut off or broken.") from error
     if max(upright.size) > MAX_SIDE:
@@ -216,17 +220,26 @@ class Studio:
         model: an image-text-to-text model.
         processor: its processor.
         name: what it is called on the page.
+        params: ``"gift.alpha=4"``: parameters of whoever starts the demo. Visitors may choose others, but not those that name a
+            file or a model.
 
     Attributes:
         controls: parameters of every method that it can run with.
         denoises: whether the model fills in masked answers, in place of writing token after token.
     """
 
-    def __init__(self, model: Any, processor: Any, name: str = "") -> None:
+    def __init__(self, model: Any, processor: Any, name: str = "", params: Sequence[str] = ()) -> None:
         self.model, self.processor, self.name = model, processor, name
-        self.controls = all_controls(model.config)
+        given = parse_specs(list(dict.fromkeys(text.partition(".")[0].strip() for text in params)), params)
+        self.given = {spec.label: spec.params[spec.label] for spec in given}
+        self.controls = all_controls(model.config, self.given)
         self.denoises = denoising(model, {}) is not None
         self._encoding = threading.Lock()
+        # As many captions are written at a time as there are cores: more threads would only keep the page waiting.
+        self._turns = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))
+        for spec in given:  # what cannot be loaded shows now, and not to a visitor
+            with spec.applied(self.shell(), processor):
+                pass
 
     def shell(self) -> Any:
         """A copy of the model's modules over the same weights."""
@@ -242,21 +255,48 @@ class Studio:
 
         Args:
             methods: ``"baseline"``, a method's name or several joined by ``+``.
-            params: ``"gift.alpha=4"``.
+            params: ``"gift.alpha=4"``, of a visitor.
 
         Raises:
-            ValueError, TypeError, NotImplementedError: as the command line and ``patch`` say it.
+            ValueError, TypeError, NotImplementedError: as the command line and ``patch`` say it; a parameter that is no
+                visitor's to choose, or a method that needs a model which was not given.
         """
         if not methods:
             raise ValueError("Choose at least one method.")
         if len(methods) > MAX_RUNS:
             raise ValueError(f"At most {MAX_RUNS} methods at a time, not {len(methods)}.")
-        found = parse_specs(methods, params)
+        for text in params:
+            method, _, parameter = text.partition("=")[0].strip().partition(".")
+            if method in registry.names() and parameter in kept_back(registry.method_class(method)):
+                raise ValueError(f"{method}.{parameter} is set by who runs this demo, not by its visitors.")
+        found = []
+        for spec in parse_specs(methods, params):
+            merged = {n: {**self.given.get(n, {}), **spec.params.get(n, {})} for n in spec.names}
+            found.append(replace(spec, params={name: values for name, values in merged.items() if values}))
+        # Also a method that is another's parameter, as late_step.reducer is.
+        texts = [v for spec in found for values in spec.params.values() for v in values.values() if isinstance(v, str)]
+        named = [*(name for spec in found for name in spec.names), *(v for v in texts if v in registry.names())]
+        for name in dict.fromkeys(named):
+            for parameter in needs_model(registry.method_class(name), self.given.get(name, {})):
+                raise ValueError(
+                    f"{name} asks another model, which who runs this demo has not given (--param {name}.{parameter}=...)."
+                )
         shell = self.shell()
         for spec in found:
-            with spec.applied(shell, self.processor):
-                pass
+            try:
+                with spec.applied(shell, self.processor):
+                    pass
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise type(error)(self._discreet(str(error))) from error
         return found
+
+    def _discreet(self, text: str) -> str:
+        """A message without what only who runs the demo knows: the files and models that were given."""
+        for method, params in self.given.items():
+            for parameter in kept_back(registry.method_class(method)):
+                for secret in {str(params.get(parameter, "")), str(params.get(parameter, "")).partition(":")[2]} - {""}:
+                    text = text.replace(secret, f"({method}.{parameter})")
+        return text
 
     def describe(
         self, picture: Picture, prompt: str, specs: Sequence[MethodSpec], tokens: int, steps: int | None = None
@@ -294,10 +334,12 @@ class Studio:
         try:
             for thread in threads:
                 thread.start()
-            finished = False
+            finished, told = False, time.monotonic()
             while not finished:
                 finished = not any(thread.is_alive() for thread in threads)  # asked first: then nothing is missed
-                if self._read(result) or finished:
+                # Also while there is nothing new, as it can only be closed here.
+                if self._read(result) or finished or time.monotonic() > told + WAIT:
+                    told = time.monotonic()
                     yield result
                 time.sleep(0 if finished else 0.05)
         finally:
@@ -308,7 +350,32 @@ class Studio:
     def _write(self, run: Run, inputs: Any, tokens: int, denoise: dict[str, Any] | None, stop: threading.Event) -> None:
         start = time.perf_counter()
         try:
-            shell = self.shell()
+            with self._turn(stop):
+                self._generate(run, inputs, tokens, denoise, stop)
+        except _Stopped:
+            pass
+        except Exception as error:  # it must reach the page, whatever it is: this thread has nobody else to tell
+            run.error = self._discreet(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            run.seconds = time.perf_counter() - start
+        run.done = True
+
+    @contextlib.contextmanager
+    def _turn(self, stop: threading.Event) -> Iterator[None]:
+        """Wait until one of the cores is free for a caption."""
+        while not self._turns.acquire(timeout=0.1):
+            if stop.is_set():
+                raise _Stopped
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    def _generate(
+        self, run: Run, inputs: Any, tokens: int, denoise: dict[str, Any] | None, stop: threading.Event
+    ) -> None:
+        shell = self.shell()
+        start = time.perf_counter()
+        try:
             with run.spec.applied(shell, self.processor), torch.inference_mode():
                 start = time.perf_counter()
                 if denoise is not None:
@@ -328,11 +395,8 @@ class Studio:
                     )
                 if run.spec.names and engine_of(shell).reduces:
                     run.kept = vlm_attn.kept(shell)[0]
-        except _Stopped:
-            pass
-        except Exception as error:  # it must reach the page, whatever it is: this thread has nobody else to tell
-            run.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        run.seconds, run.done = time.perf_counter() - start, True
+        finally:
+            run.seconds = time.perf_counter() - start
 
     def _denoise(self, shell: Any, run: Run, inputs: Any, denoise: dict[str, Any], stop: threading.Event) -> None:
         """The canvas step by step; the caption once it is whole."""

@@ -41,6 +41,7 @@ class Agla(Branch):
     name: ClassVar[str] = "agla"
     paper: ClassVar[str] = "AGLA, arXiv 2406.12718"
     after_prompt: ClassVar[bool] = True
+    loads: ClassVar[tuple[str, ...]] = ("clip",)
 
     alpha: float = 2.0
     beta: float = 0.5

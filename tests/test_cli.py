@@ -241,6 +241,29 @@ def test_eval_side_by_side(coco_folder: Path, tiny_model_folder: Path, tmp_path:
     assert "seed: 0, now 1" in error_of(*arguments, "--seed", 1)
 
 
+def test_the_seed_draws_images_and_questions(coco_folder: Path, tiny_model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """It is not only written down: other seeds ask about other images, and the library draws the same."""
+    from vlm_attn.evals.coco import CocoDataset
+    from vlm_attn.evals.tasks import chair_task, pope_task
+
+    dataset = CocoDataset.from_folder(coco_folder)
+    drawn = set()
+    for seed in (0, 5):
+        arguments = ["--model", tiny_model_folder, "--device", "cpu", "--data", coco_folder, "--method", "baseline"]
+        arguments += ["--limit", 3, "--max-new-tokens", 1, "--seed", seed, "--out", tmp_path / str(seed)]
+        result = call("eval", "chair", "pope", *arguments)
+        assert result.exit_code == 0, result.output
+        for name, task in (("chair", chair_task), ("pope", pope_task)):
+            folder = tmp_path / str(seed) / name
+            wanted = task(dataset, limit=3, seed=seed)
+            assert (folder / "image_ids.txt").read_text().split() == [str(image) for image in wanted.image_ids]
+            assert json.loads((folder / "results.json").read_text())["seed"] == seed
+            lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+            assert [line.get("question") for line in lines] == [s.facts.get("question") for s in wanted.samples]
+            drawn.add((name, *wanted.image_ids, *(s.facts.get("question") for s in wanted.samples)))
+    assert len(drawn) == 4
+
+
 def test_eval_json_on_the_screen_is_only_json(coco_folder: Path, tiny_model_folder: Path) -> None:  # noqa: F811
     arguments = ["--data", coco_folder, "--method", "baseline", "--max-new-tokens", 4, "--json", "-"]
     result = call("eval", "chair", "pope", "--model", tiny_model_folder, *arguments)

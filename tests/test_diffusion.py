@@ -12,7 +12,7 @@ from tests import tiny
 from tests.helpers import ACTIVE, Weigh
 from vlm_attn import diffusion
 from vlm_attn.branch import Run
-from vlm_attn.diffusion import sampling
+from vlm_attn.diffusion import decoder, sampling
 from vlm_attn.diffusion.decoder import Settings, resolve
 from vlm_attn.patching import engine_of
 from vlm_attn.visual_token_ops import DivPrune
@@ -201,6 +201,22 @@ class TestLoop:
         assert got.tokens[0].tolist() == [*plain.tokens[1, :4].tolist(), *[tiny.EOS] * 4]
         assert got.answers == [plain.tokens[1, :2].tolist()]
         assert got.forwards < 8
+
+    def test_the_earliest_of_several_stops_closes_the_rest(self):
+        """Whatever the order in which the sequences are given; what is written already stays."""
+        mask, end = 0, 1
+        row = [9, 5, 6, mask, 7, 8, mask, 5, 6, mask]
+        for stop, closed in (
+            (((7, 8), (5, 6)), (3, 6, 9)),
+            (((5, 6), (7, 8)), (3, 6, 9)),
+            (((7, 8),), (6, 9)),
+            (((8, 7),), ()),
+            (((6,), (5, 6, 0)), (3, 6, 9)),
+        ):
+            tokens = torch.tensor([row, [mask] * 10])
+            decoder._stop(tokens, decoder.Settings(stop=stop, mask_id=mask, eos_id=end))
+            assert tokens[0].tolist() == [end if place in closed else token for place, token in enumerate(row)], stop
+            assert tokens[1].tolist() == [mask] * 10
 
     def test_threshold_writes_all_that_are_sure(self, model, inputs):
         at_once = diffusion.generate(model, inputs, gen_length=8, block_length=4, threshold=1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class ClipReducer(Reducer):
     and single grids of tokens (LLaVA-1.5, Gemma 3, PaliGemma), and a processor: it tells how pixels were normalised and
     what the question says.
     """
+
+    loads: ClassVar[tuple[str, ...]] = ("clip",)
 
     clip: str = "ViT-L-14-336:openai"
 

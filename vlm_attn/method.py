@@ -55,6 +55,8 @@ class Method:
             language model, or one of a 24-layer tower (taken at the same depth of another).
         needs_image: whether it leaves a prompt without an image alone; else it acts there, too.
         token_by_token: whether it needs a model that writes one token after the other, and not all of a canvas.
+        loads: parameters that name a file or a model to load. Where strangers choose parameters, as in the demo, these are
+            not among them.
     """
 
     name: ClassVar[str] = ""
@@ -64,6 +66,7 @@ class Method:
     cls_layers: ClassVar[tuple[int, ...]] = ()
     needs_image: ClassVar[bool] = True
     token_by_token: ClassVar[bool] = False
+    loads: ClassVar[tuple[str, ...]] = ()
 
     @property
     def neutral(self) -> bool:

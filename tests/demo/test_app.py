@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,16 +144,95 @@ def test_maps_need_captions(page: Any) -> None:
         client(page).predict(api_name="/saliency")
 
 
-def test_twenty_visitors(page: Any) -> None:
-    def visit(number: int) -> str:
-        return describe(page, scene=number, methods=["baseline", "gift"], tokens=12)
+VISITORS = """
+import json, sys
+from gradio_client import Client
 
-    with ThreadPoolExecutor(20) as pool:
-        found = list(pool.map(visit, range(20)))
-    assert len(set(found)) == 20
+def visit(number):
+    try:
+        client = Client(sys.argv[1], verbose=False, analytics_enabled=False)
+        return client.predict(None, number, ["baseline", "gift"], tokens=12, api_name="/describe")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+with ThreadPoolExecutor(30) as pool:
+    json.dump(list(pool.map(visit, range(30))), sys.stdout)
+"""
+
+
+def test_thirty_visitors_on_a_busy_machine(page: Any) -> None:
+    """All at once, with the client's own patience (five seconds for every request), while other programs use every core."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", VISITORS, page.local_url], capture_output=True, text=True, check=True, timeout=900
+        )
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    found = json.loads(done.stdout)
+    assert [html for html in found if "Error" in html or "Timeout" in html] == []
+    assert len(set(found)) == 30
     for number, html in enumerate(found):
-        objects = ", ".join(scene_of(number).objects)
-        assert f"In the picture: {objects}." in html
+        assert f"In the picture: {', '.join(scene_of(number).objects)}." in html
+
+
+def test_the_page_is_made_once_for_all(studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gradio copies for every visitor is answered from memory: with the same bytes, and for every address its own."""
+    from gradio import routes
+
+    from vlm_attn.demo.app import SameForAll, serving
+
+    made: list[str] = []
+    original = routes.route_utils.update_root_in_config
+    monkeypatch.setattr(
+        routes.route_utils, "update_root_in_config", lambda config, root: made.append(root) or original(config, root)
+    )
+    with serving(studio) as own:
+        assert len(made) == 2  # the page and its configuration, before anybody came
+        for path in SameForAll.PATHS:
+            first, second = (httpx.get(own.local_url.rstrip("/") + path) for _ in range(2))
+            assert first.status_code == 200
+            assert first.content == second.content
+        assert httpx.get(own.local_url + "?scene=5&method=gift").content == httpx.get(own.local_url).content
+        assert len(made) == 2
+        other = httpx.get(own.local_url + "config", headers={"x-forwarded-host": "example.org"}).json()
+        assert other["root"] == "http://example.org"
+        assert httpx.get(own.local_url + "config").json()["root"] == own.local_url.rstrip("/")
+        for number in range(40):  # anybody may send any header: what is kept stays small
+            assert httpx.get(own.local_url + "config", headers={"host": f"h{number}.org"}).status_code == 200
+        assert httpx.post(own.local_url + "config").status_code == 405
+
+
+def test_links_of_many_fields_are_refused_calmly(page: Any) -> None:
+    own = client(page)
+    (restore,) = [d["id"] for d in own.config["dependencies"] if d["api_name"] == "restore"]
+    hidden = httpx.post(
+        f"{page.local_url}gradio_api/run/restore",
+        json={"data": ["&".join(["method=gift"] * 500)], "fn_index": restore},
+        timeout=60,
+    )
+    assert hidden.status_code in (200, 404, 422)
+    assert "Traceback" not in hidden.text
+
+
+@pytest.mark.parametrize("name", ["cdpruner", "trim", "agla"])
+def test_visitors_choose_no_files(page: Any, name: str, tmp_path: Path) -> None:
+    """Not on the page, not through the API, and not through a link."""
+    secret = tmp_path / "secret.pt"
+    secret.write_bytes(b"none of yours")
+    own = client(page)
+    described = own.view_api(return_format="dict")["named_endpoints"]["/describe"]["parameters"]
+    assert not any(parameter["label"] == "clip" for parameter in described)
+    if name != "agla":
+        with pytest.raises(AppError, match=f"{name} asks another model, which who runs this demo has not given"):
+            describe(page, methods=[name])
+    state, wrong = link.from_query(
+        f"method=agla&param={name}.clip=ViT-B-32:{secret}&param=agla.alpha=1", 500, 256, 500, known={"agla.alpha"}
+    )
+    assert state.params == ("agla.alpha=1",)
+    assert wrong == [f"{name}.clip in the link is no setting of this page, and is left out."]
 
 
 def test_reaches_nothing_else(page: Any) -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 
 from vlm_attn import registry
-from vlm_attn.demo.controls import all_controls, controls, params
+from vlm_attn.demo.controls import all_controls, controls, kept_back, params
 from vlm_attn.method import Method, check_range
 
 ALL = [control for found in all_controls().values() for control in found]
@@ -40,6 +43,51 @@ class Example(Method):
 
     def __post_init__(self) -> None:
         check_range(self, "share", 0, 1, open_low=True)
+
+
+#: Texts that a visitor may write: somebody has looked that none names a file or a model.
+HARMLESS = {"icd.prefix", "late_step.reducer", "progressive.reducer", "mvp.answers"}
+
+
+def test_every_text_is_known_to_name_no_file() -> None:
+    """A new method's text parameter has to be put on one of the two lists."""
+    for name, info in registry.methods().items():
+        back = kept_back(info.cls)
+        for field, hint in typing.get_type_hints(info.cls).items():
+            plain = str(hint).replace("typing.", "")
+            if field in {f.name for f in dataclasses.fields(info.cls)} and "str" in plain.replace("Literal", ""):
+                assert field in back or f"{name}.{field}" in HARMLESS, f"{name}.{field}"
+        assert not {c.name for c in controls(info.cls)} & set(back)
+    assert {"cdpruner.clip", "trim.clip", "agla.clip"} == {
+        f"{name}.{field}" for name, info in registry.methods().items() for field in kept_back(info.cls)
+    }
+
+
+def test_of_other_packages_no_text_is_offered() -> None:
+    assert Example.__module__.partition(".")[0] != "vlm_attn"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Foreign(Example):
+        """Of another package.
+
+        Attributes:
+            file: what to read.
+            either_way: a path or nothing.
+        """
+
+        file: str = "a"
+        either_way: Path | None = None
+
+    assert kept_back(Foreign) == ["file", "either_way"]
+    assert {control.name for control in controls(Foreign)} == {control.name for control in controls(Example)}
+
+
+def test_methods_that_ask_a_model_come_with_it() -> None:
+    assert not {"cdpruner", "trim"} & set(all_controls())
+    given = {"trim": {"clip": "ViT-B-32:x"}, "gift": {"alpha": 7.0}}
+    assert "trim" in all_controls(None, given)
+    assert "cdpruner" not in all_controls(None, given)
+    assert next(c for c in all_controls(None, given)["gift"] if c.name == "alpha").default == 7.0
 
 
 def test_every_kind() -> None:

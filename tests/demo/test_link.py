@@ -47,6 +47,9 @@ def test_another_start() -> None:
         ("method=gift&param=gift.alpha=[1", "must be a number"),
         ("method=gift&param=nonsense", "METHOD.PARAMETER=VALUE"),
         ("prompt=" + "a" * 101, "longer than 100"),
+        ("&".join(["method=gift"] * 101), "more than 100 fields"),
+        ("scene=" + "0" * 9 + "9" * 5000, "not a number"),  # its first digits alone would do
+        ("scene=000000000700", "not a number"),
     ],
 )
 def test_what_is_wrong_is_said_and_left_out(query: str, message: str) -> None:
@@ -54,3 +57,16 @@ def test_what_is_wrong_is_said_and_left_out(query: str, message: str) -> None:
     assert state == State()
     assert len(wrong) == 1
     assert message in wrong[0]
+
+
+def test_a_value_may_hold_an_equals_sign() -> None:
+    state = State(methods=("icd",), params=("icd.prefix=a=b, c = d=",))
+    assert from_query(to_query(state), **LIMITS) == (state, [])
+    assert from_query(to_query(state), **LIMITS, known={"icd.prefix"}) == (state, [])
+
+
+def test_only_what_is_on_the_page_is_taken() -> None:
+    query = "method=gift&param=gift.alpha=4&param=trim.clip=ViT-B-32:/etc/passwd"
+    state, wrong = from_query(query, **LIMITS, known={"gift.alpha"})
+    assert state.params == ("gift.alpha=4",)
+    assert wrong == ["trim.clip in the link is no setting of this page, and is left out."]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,6 +141,93 @@ class TestDescribe:
     def test_wrong_prompt(self, studio: Any, prompt: str, tokens: int, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             next(studio.describe(scene_picture(3), prompt, studio.specs(["baseline"]), tokens))
+
+
+class TestGiven:
+    """Parameters of whoever starts the demo."""
+
+    def test_files_are_not_a_visitors_to_choose(self, studio: Any) -> None:
+        for name in ("cdpruner", "trim", "agla"):
+            with pytest.raises(ValueError, match=rf"{name}\.clip is set by who runs this demo"):
+                studio.specs([name], [f"{name}.clip=ViT-B-32:/etc/passwd"])
+        for methods, params in (
+            (["cdpruner"], []),
+            (["gift+trim"], []),
+            (["late_step"], ["late_step.reducer=cdpruner"]),
+        ):
+            with pytest.raises(ValueError, match="asks another model, which who runs this demo has not given"):
+                studio.specs(methods, params)
+
+    def test_what_cannot_be_loaded_shows_at_the_start(self, studio: Any, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            module.Studio(studio.model, studio.processor, "x", [f"trim.clip=ViT-B-32:{tmp_path / 'none.pt'}"])
+        with pytest.raises(ValueError, match="did you mean 'gift'"):
+            module.Studio(studio.model, studio.processor, "x", ["gfit.alpha=3"])
+
+    def test_they_hold_for_all_and_visitors_may_choose_others(self, studio: Any) -> None:
+        own = module.Studio(studio.model, studio.processor, "x", ["gift.alpha=7", "gift.beta=0.5"])
+        shown = {control.name: control.default for control in own.controls["gift"]}
+        assert (shown["alpha"], shown["beta"]) == (7, 0.5)
+        (spec,) = own.specs(["gift"])
+        assert spec.params == {"gift": {"alpha": 7, "beta": 0.5}}
+        (spec,) = own.specs(["gift"], ["gift.alpha=2"])
+        assert spec.params == {"gift": {"alpha": 2, "beta": 0.5}}
+        (spec,) = own.specs(["baseline"])
+        assert spec.params == {}
+
+    def test_their_files_are_not_told(self, studio: Any) -> None:
+        own = module.Studio(studio.model, studio.processor, "x")
+        own.given = {"agla": {"clip": "ViT-B-32:/srv/hidden/weights.pt"}}
+        said = own._discreet("clip='ViT-B-32:/srv/hidden/weights.pt': no file /srv/hidden/weights.pt")
+        assert said == "clip='(agla.clip)': no file (agla.clip)"
+
+
+class TestTurns:
+    def test_as_many_captions_are_written_at_a_time_as_there_are_cores(
+        self, studio: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(studio, "_turns", threading.BoundedSemaphore(2))
+        now, most = [0], [0]
+        plain, lock = studio._generate, threading.Lock()
+
+        def counted(*args: Any) -> None:
+            with lock:
+                now[0] += 1
+                most[0] = max(most[0], now[0])
+            try:
+                plain(*args)
+            finally:
+                with lock:
+                    now[0] -= 1
+
+        monkeypatch.setattr(studio, "_generate", counted)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda number: last(studio, ["baseline", "gift"], (), number, 6), range(4)))
+        assert most[0] == 2
+        assert all(run.text and not run.error for result in found for run in result.runs)
+
+    def test_who_waits_for_a_turn_can_stop(self, studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(studio, "_turns", threading.BoundedSemaphore(1))
+        threads = threading.active_count()
+        with studio._turns:  # somebody else writes
+            stream = studio.describe(scene_picture(3), PROMPT, studio.specs(["baseline"]), 5)
+            assert next(stream).runs[0].text == ""  # the page hears that it waits, and can end it
+            stream.close()
+            assert threading.active_count() == threads
+
+
+class TestText:
+    def test_all_of_a_caption_is_escaped(self, studio: Any) -> None:
+        """Also what stands before the first word and after the last one."""
+        (spec,) = parse_specs(["baseline"])
+        for text in ("<i>a dog</i>", "a dog <script>", "a dog </p>&", "<<a>>", "& a", "..."):
+            run = Run(spec, 64, [1, 2], text, done=True, mentions=[])
+            for done in (True, False):
+                shown = markup._words(run, 0, done)
+                bare = re.sub(r"</?(button|span)( [^<>]*)?>", "", shown)
+                assert html.unescape(bare) == text, shown
+                assert "<" not in bare, shown
+                assert ">" not in bare, shown
 
 
 class TestLooking:

@@ -117,14 +117,84 @@ def test_figures_by_hand(folder: Path, tmp_path: Path) -> None:
     assert values["generative"] == pytest.approx({"chair": 40.0, "cover": 50.0, "hal": 50.0, "cog": 200 / 3})
     # No is right once of two; two were no, of which one was found.
     assert values["discriminative"] == pytest.approx(
-        {"accuracy": 25.0, "precision": 50.0, "recall": 50.0, "f1": 50.0, "questions": 4, "unparsed": 1}
-    )
+        {
+            "accuracy": 25.0, "precision": 50.0, "recall": 50.0, "f1": 50.0, "questions": 4, "unparsed": 1,
+            "disagree": 1, "plain_no": 2, "no_read_as_yes": 0,  # "yes, it is" is neither to AMBER's rule
+        }
+    )  # fmt: skip
     assert values["existence"]["accuracy"] == 50.0
     assert values["relation"]["unparsed"] == 1
     assert values["amber"]["score"] == pytest.approx((100 - 40 + 50) / 2)
     assert results["counts"] == {"samples": 6, "finished": {"mine": 6}, "skipped": 1, "empty": 0}
     lenient = score_amber(file, folder, parser="strict")["metrics"]["mine"]
     assert lenient["relation"]["accuracy"]["value"] == 100.0
+
+
+def test_safe_words_are_neither_unsafe_nor_covered(folder: Path) -> None:
+    """A safe word of the image's own, as AMBER's files have them: it is a noun, and covers nothing."""
+    annotations = [{**ANNOTATIONS[0], "truth": ["sky", "light", "person"], "hallu": ["cloud"]}, *ANNOTATIONS[1:]]
+    (folder / "annotations.json").write_text(json.dumps(annotations))
+    found = score(amber.Amber.from_folder(folder), 1, "a light, a light and a man")
+    assert [(m["category"], m["hallucinated"]) for m in found["mentions"]] == [
+        ("light", False), ("light", False), ("person", False),
+    ]  # fmt: skip
+    assert (found["covered"], found["cognitive"]) == (1, 0)
+
+
+def test_every_figure_where_all_counts_differ() -> None:
+    """Counted by hand over two images, so that no two of the counts can change places unnoticed."""
+
+    def caption(image: int, unsafe: int, safe: int, covered: int, truth: int, cognitive: int, likely: int) -> Any:
+        mentions = [{"hallucinated": True}] * unsafe + [{"hallucinated": False}] * safe
+        score = {
+            "mentions": mentions,
+            "truth": ["x"] * truth,
+            "covered": covered,
+            "cognitive": cognitive,
+            "likely": likely,
+        }
+        return {"kind": "generative", "image_id": image, "answer": "", "score": score}
+
+    def asked(kind: str, label: str, said: str | None) -> Any:
+        score = {"prediction": said, "correct": said == label, "unparsed": said is None}
+        return {"kind": kind, "image_id": 1, "label": label, "answer": str(said), "score": score}
+
+    captions = [
+        caption(1, 2, 7, 5, 9, 1, 9), caption(2, 1, 4, 1, 5, 4, 7), caption(1, 0, 3, 2, 3, 1, 2), caption(2, 0, 0, 0, 2, 0, 0),
+    ]  # fmt: skip
+    nouns, unsafe, covered, truth, cognitive, likely, hal, count = 17, 3, 8, 19, 6, 18, 2, 4
+    assert len({nouns, unsafe, covered, truth, cognitive, likely, hal, count}) == 8
+    questions = [
+        *[asked("existence", "no", "no")] * 5, *[asked("existence", "no", "yes")] * 2, *[asked("existence", "yes", "no")] * 4,
+        *[asked("existence", "yes", "yes")] * 1, asked("existence", "no", None),
+        *[asked("attribute", "yes", "yes")] * 4, *[asked("attribute", "no", "no")] * 1, *[asked("relation", "no", "yes")] * 2,
+    ]  # fmt: skip
+    summary = amber.summarise([*captions, *questions])
+    values = {part: {k: v["value"] for k, v in row.items() if isinstance(v, dict)} for part, row in summary.items()}
+    assert values["generative"] == pytest.approx(
+        {
+            "chair": 100 * unsafe / nouns, "cover": 100 * covered / truth, "hal": 100 * hal / count,
+            "cog": 100 * cognitive / likely,
+        }
+    )  # fmt: skip
+    # existence: 13 asked, 6 right; no was right 8 times and said 9 times, of which 5 together
+    assert values["existence"] == pytest.approx(
+        {"accuracy": 100 * 6 / 13, "precision": 100 * 5 / 9, "recall": 100 * 5 / 8, "f1": 100 * 10 / 17}
+    )
+    # all: 20 asked, 11 right; no was right 11 times (8 + 1 + 2), said 10 times, 6 together
+    assert values["discriminative"] == pytest.approx(
+        {"accuracy": 100 * 11 / 20, "precision": 100 * 6 / 10, "recall": 100 * 6 / 11, "f1": 100 * 12 / 21}
+    )
+    assert values["attribute"]["accuracy"] == 100.0
+    assert values["relation"] == {"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert values["amber"]["score"] == pytest.approx((100 - 100 * unsafe / nouns + 100 * 12 / 21) / 2)
+    assert [summary[part]["questions"] for part in ("existence", "attribute", "relation", "discriminative")] == [
+        13,
+        5,
+        2,
+        20,
+    ]
+    assert summary["discriminative"]["unparsed"] == summary["existence"]["unparsed"] == 1
 
 
 def test_its_own_files() -> None:

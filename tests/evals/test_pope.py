@@ -205,6 +205,23 @@ def test_metrics_of_a_hand_made_case() -> None:
     assert summary["mean"]["f1"] == summary["random"]["f1"]
 
 
+def test_every_figure_where_all_counts_differ() -> None:
+    """7 true yes, 4 false yes, 2 missed, 6 true no: no two of the counts that the figures are made of are equal."""
+    table: list[tuple[int, str, str | None]] = [
+        *[(1, "yes", "yes")] * 7, *[(2, "no", "yes")] * 4, *[(1, "yes", "no")] * 2, *[(2, "no", "no")] * 5, (2, "no", "no"),
+    ]  # fmt: skip
+    asked, right, said_yes, is_yes, both = 19, 13, 11, 9, 7
+    assert len({asked, right, said_yes, is_yes, both}) == 5
+    summary = pope.summarise(records("popular", table))["popular"]
+    assert {name: summary[name]["value"] for name in pope.METRICS} == pytest.approx(
+        {
+            "accuracy": 100 * right / asked, "precision": 100 * both / said_yes, "recall": 100 * both / is_yes,
+            "f1": 200 * both / (said_yes + is_yes), "yes_ratio": 100 * said_yes / asked,
+        }
+    )  # fmt: skip
+    assert (summary["questions"], summary["plain_no"], summary["disagree"], summary["unparsed"]) == (19, 8, 0, 0)
+
+
 def test_mean_is_over_splits_and_intervals_hold_the_value() -> None:
     right = [(image, label, label) for image in range(40) for label in ("yes", "no")]
     yes = [(image, label, "yes" if image % 4 else label) for image in range(40) for label in ("yes", "no")]

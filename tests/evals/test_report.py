@@ -86,7 +86,7 @@ def test_differences_are_paired(run: Path) -> None:
 def test_an_interval_that_ends_at_0_but_for_rounding_holds_0(low: Any, high: Any, beyond: bool) -> None:
     metric = {"value": 0.2, "low": low, "high": high}
     assert report.clear(metric) is beyond
-    assert report._effect_cell({"value": 3.0, "difference": metric})[1].endswith(" *") is beyond
+    assert report._effect_cell({"value": 3.0, "difference": metric}, False)[1].endswith(" *") is beyond
 
 
 def test_differences_of_nothing_are_exactly_0() -> None:

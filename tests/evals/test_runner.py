@@ -255,6 +255,10 @@ def test_a_finished_run_on_a_read_only_disk_is_read(
     lines = (root / "part" / "samples.jsonl").read_text().splitlines(keepends=True)
     (root / "part" / "samples.jsonl").write_text("".join(lines[:4]))
     (root / "part" / "results.json").write_text(json.dumps({**results, "status": "interrupted"}))
+    shutil.copytree(root / "done", root / "other")
+    assert (
+        CliRunner().invoke(cli.app, ["report", str(root / "other")]).exit_code == 0
+    )  # imports what nobody else may read
     with sealed():
         again = run(task, tiny_model, root / "done")
         shown = CliRunner().invoke(cli.app, ["report", str(root / "done")])
@@ -412,7 +416,7 @@ def test_chair_task_draws_by_seed_and_scores_both_truths(dataset: CocoDataset, t
     assert list(results["metrics"]["gift"]) == ["instances", "instances+captions"]
     without = CocoDataset("plain", dataset.instances, None, dataset.load_image)
     assert chair_task(without).config["variant"] == "instances"
-    with pytest.raises(ValueError, match="no reference captions"):
+    with pytest.raises(ValueError, match="none of the 7 images has reference captions"):
         chair_task(without, variant="instances+captions")
 
 

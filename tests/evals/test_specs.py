@@ -32,6 +32,12 @@ def test_runs_and_their_parameters() -> None:
     assert (var.name, var.p, composed.name, composed.alpha) == ("var", 0.5, "gift", 4)
 
 
+def test_a_value_may_hold_an_equals_sign_and_a_point() -> None:
+    for value in ("a=b", "x.y=1.5, z=2", "=", "icd.prefix=odd"):
+        (spec,) = parse_specs(["icd"], [f"icd.prefix={value}", "icd.alpha=0.5"])
+        assert spec.params == {"icd": {"prefix": value, "alpha": 0.5}}
+
+
 @pytest.mark.parametrize(
     ("methods", "params", "message"),
     [

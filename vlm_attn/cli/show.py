@@ -290,6 +290,14 @@ def draw_mask(
 @app.command(rich_help_panel=LOOK)
 def demo(
     model: opt.Model = "scenes",
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            help="Set a method's parameter for all visitors. Those that name a file or a model, such as "
+            "[b]cdpruner.clip[/b], can only be set here. Repeats.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[
         int | None,
@@ -319,7 +327,7 @@ def demo(
         load_in_4bit=load_in_4bit,
         load_in_8bit=load_in_8bit,
     )
-    studio = importlib.import_module("vlm_attn.demo.studio").Studio(loaded, processor, model)
+    studio = importlib.import_module("vlm_attn.demo.studio").Studio(loaded, processor, model, param or ())
     page.serve(studio, host=host, port=port, share=share)
 
 
