@@ -97,7 +97,7 @@ def test_differences_of_nothing_are_exactly_0() -> None:
     assert stats.difference(pairs, other, scale=100.0) == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
-def test_published_results_hold_no_rounding_and_their_marks_are_those_of_the_report() -> None:
+def test_published_results_hold_no_rounding() -> None:
     root = Path(report.__file__).parent
     root = root if (root / "results").is_dir() else Path(__file__).parents[2] / "evals"
 
@@ -113,22 +113,6 @@ def test_published_results_hold_no_rounding_and_their_marks_are_those_of_the_rep
         for metric in measured(json.loads(file.read_text("utf-8"))):
             ends = [metric[name] for name in ("value", "low", "high") if isinstance(metric[name], float)]
             assert not any(0 < abs(end) < stats.ROUNDING for end in ends), file.name
-    table = (root.parent / "docs" / "results.md").read_text("utf-8")
-    (found,) = json.loads((root / "results" / "effect-scenes.json").read_text("utf-8"))
-    columns = {2: "chair.chair_s", 3: "chair.chair_i", 4: "chair.recall", 5: "chair.f1",
-               8: "pope.random.f1", 9: "pope.popular.f1", 10: "pope.adversarial.f1"}  # fmt: skip
-    seen = 0
-    for label, entry in found["methods"].items():
-        row = next((line for line in table.splitlines() if line.startswith(f"| `{label}` |") and "*" in line or
-                    line.startswith(f"| `{label}` |") and line.count("|") == 13), None)  # fmt: skip
-        cells = row.split("|")[1:] if row else []
-        for place, key in columns.items():
-            name, _, figure = key.partition(".")
-            cell = entry["figures"].get(name, {}).get(figure, {}).get("difference")
-            if cell and cells and cells[place].strip():
-                seen += 1
-                assert ("*" in cells[place]) is report.clear(cell), (label, key, cells[place])
-    assert seen > 100
 
 
 def test_unfinished_methods_are_compared_over_what_they_have(tmp_path: Path) -> None:
