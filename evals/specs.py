@@ -142,6 +142,7 @@ def parse_specs(methods: Sequence[str], params: Sequence[str] = (), preset: str 
             raise unknown("method", method, [name for name in known if name != BASELINE])
         if method not in used:
             raise ValueError(f"--param {text!r}: no run uses {method}; add --method {method}")
+        registry.check_parameters(method, [parameter])
         values.setdefault(method, {})[parameter] = parse_value(value)
     specs = [
         MethodSpec(label, () if names == (BASELINE,) else names, {n: values[n] for n in names if n in values}, preset)

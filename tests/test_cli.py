@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -79,6 +80,7 @@ def test_what_needs_no_model_imports_no_torch(tmp_path: Path) -> None:
         (["evil"], 2),
         (["eval", "pope", "--oops"], 2),
         (["eval", "pope", "--method", "gfit"], 2),
+        (["eval", "pope", "--method", "gift", "--param", "gift.alpah=1"], 2),
         (["eval", "chair", "--data", missing], 2),
         (["eval", "chair", "--data", str(tmp_path)], 2),
         (["eval", "pope", "--data", missing, "--pope-file", str(tmp_path / "q.json")], 2),
@@ -193,6 +195,9 @@ def test_methods_are_described_as_their_classes_do() -> None:
         assert info.cls.name == name
         assert info.summary == info.cls.__doc__.strip().splitlines()[0]
         assert info.paper == info.cls.paper
+        assert registry._fields(info.cls.__module__, info.cls.__name__) == [
+            f.name for f in dataclasses.fields(info.cls)
+        ]
 
 
 def test_methods() -> None:

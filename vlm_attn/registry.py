@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
@@ -117,11 +118,27 @@ def build(name: str, **parameters: Any) -> Method:
         TypeError: unknown parameter, or a value of the wrong type.
     """
     cls = method_class(name)
-    known = [f.name for f in fields(cls)]
-    for parameter in parameters:
+    check_parameters(name, parameters, [f.name for f in fields(cls)])
+    return cls(**parameters)
+
+
+def check_parameters(name: str, given: Iterable[str], known: Sequence[str] | None = None) -> None:
+    """Refuse parameters that a method does not have; without importing it where its source says which it has.
+
+    Args:
+        name: of a registered method.
+        given: names of parameters.
+        known: those it has; None: by its source.
+
+    Raises:
+        TypeError: an unknown parameter.
+    """
+    if known is None:
+        module, _, attribute = _targets()[name].partition(":")
+        known = _fields(module, attribute)
+    for parameter in given if known is not None else ():
         if parameter not in known:
             raise TypeError(f"{name} has no parameter {parameter!r}: {suggest(parameter, known)}")
-    return cls(**parameters)
 
 
 def names() -> list[str]:
@@ -162,6 +179,36 @@ def _described(name: str) -> tuple[str, str]:
                 return summary.splitlines()[0], paper
     cls = method_class(name)  # made at run time, inherited, or without a source
     return ((cls.__doc__ or "").strip().splitlines() or [""])[0], cls.paper
+
+
+@cache
+def _fields(module: str, attribute: str) -> list[str] | None:
+    """The fields of a dataclass and its bases by their sources; None where these do not say."""
+    if module == "vlm_attn.method" and attribute == "Method":
+        return []
+    file = _source(module)
+    body = ast.parse(file.read_text(encoding="utf-8")).body if file is not None else []
+    node = next((n for n in body if isinstance(n, ast.ClassDef) and n.name == attribute), None)
+    if node is None:
+        return None
+    origin = {
+        alias.asname or alias.name: (entry.module, alias.name)
+        for entry in body
+        if isinstance(entry, ast.ImportFrom) and entry.module and not entry.level
+        for alias in entry.names
+    }
+    found: dict[str, None] = {}
+    for base in node.bases:
+        place = origin.get(base.id, (module, base.id)) if isinstance(base, ast.Name) else ("", "")
+        inherited = _fields(*place) if place[0] else None
+        if inherited is None:
+            return None
+        found |= dict.fromkeys(inherited)
+    for entry in node.body:
+        named = isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)
+        if named and "ClassVar" not in ast.unparse(entry.annotation):
+            found[entry.target.id] = None
+    return list(found)
 
 
 def _source(module: str) -> Path | None:
