@@ -544,7 +544,9 @@ class Studio:
         *_, result = self.describe(picture, question, specs, CANVAS if self.denoises else 10)
         answers = []
         for run in result.runs:
-            says = "unclear" if run.error or pope.is_unparsed(run.text) else pope.parse_official(run.text) or "unclear"
+            # A rule that takes "No!" for yes is for figures that are compared; here somebody reads along.
+            rule = None if pope.is_unparsed(run.text) else pope.parse_official(run.text)
+            says = "unclear" if run.error else pope.parse_plain(run.text) or rule or "unclear"
             answers.append(Answer(run.spec.label, run.error or run.text, says, truth))
         return answers
 

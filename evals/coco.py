@@ -6,6 +6,7 @@ photos and a renderer that draws scenes on demand look the same to CHAIR, POPE a
 
 from __future__ import annotations
 
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -120,7 +121,7 @@ def checked(where: str, content: Any, expected: Mapping[str, Mapping[str, Any]])
                 raise ValueError(f"{where}: {part}, record {number}: expected an object, got {type(record).__name__}")
             for key, kind in keys.items():
                 value = record.get(key)
-                if type(value) is kind or (kind is object and isinstance(value, (int, str))):
+                if type(value) is kind or (kind is object and isinstance(value, (numbers.Integral, str))):
                     continue
                 written = isinstance(value, float) or str(value).strip().isdecimal()
                 if kind is int and written and image_number(value) is not None:

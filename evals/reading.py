@@ -11,6 +11,7 @@ import contextlib
 import csv
 import io
 import json
+import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,8 +105,8 @@ def image_number(name: Any) -> int | None:
         return None
     if isinstance(name, float):  # a column of numbers that has a gap, as pandas writes it
         name = int(name) if name.is_integer() else None
-    if isinstance(name, int):
-        return name if name >= 0 else None
+    if isinstance(name, numbers.Integral):
+        return int(name) if name >= 0 else None
     text = name.strip() if isinstance(name, str) else ""
     found = re.search(r"(?<![\d.])(\d{1,18})(?:\.0+|\.[A-Za-z]\w*)?$", text)
     return int(found[1]) if found and text[: found.start(1)] != "-" else None

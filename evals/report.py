@@ -371,6 +371,8 @@ def notes(effects: Mapping[str, Any]) -> list[str]:
         facts += [
             f"{key.replace('_', ' ')} {protocol[key]}" for key in ("variant", "parser", "similarity") if key in protocol
         ]
+        if "captions" in protocol.get("variant", "") and (share := _share(protocol)):
+            facts.append(f"reference {share.strip(' ()')}")
         facts += [f"at most {protocol['max_new_tokens']} tokens", f"ids {protocol['image_ids_sha256'][:12]}"]
         if protocol["skipped"]:
             facts.append(f"{protocol['skipped']} samples skipped, their pictures cannot be read")

@@ -388,6 +388,20 @@ class TestAsk:
         with pytest.raises(ValueError, match="question is empty"):
             studio.ask(picture, " ", specs)
 
+    def test_what_a_person_reads_counts(self, studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not the published rule, to which "No!" is yes."""
+        specs = studio.specs(["baseline"])
+        for text, says in (
+            ("No!", "no"),
+            ("**No**", "no"),
+            ("Yes.", "yes"),
+            ("There is no dog", "no"),
+            ("a dog", "unclear"),
+        ):
+            monkeypatch.setattr(studio, "_decode", lambda ids, text=text: text)
+            (answer,) = studio.ask(scene_picture(3), "Is there a dog in the image?", specs)
+            assert answer.says == says, text
+
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
@@ -403,6 +417,11 @@ class TestUpload:
         image = open_upload(file)
         assert (image.mode, image.size) == ("RGB", (30, 20))
         assert image.getpixel((3, 3))[0] > 150
+
+    def test_grey_of_16_bits_is_not_white(self, tmp_path: Path) -> None:
+        file = tmp_path / "a.png"
+        Image.fromarray(np.full((20, 30), 32768, np.uint16)).save(file)
+        assert open_upload(file).getpixel((3, 3)) == (128, 128, 128)
 
     def test_upright_and_small(self, tmp_path: Path) -> None:
         exif = Image.Exif()

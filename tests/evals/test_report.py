@@ -115,6 +115,16 @@ def test_published_results_hold_no_rounding() -> None:
             assert not any(0 < abs(end) < stats.ROUNDING for end in ends), file.name
 
 
+def test_a_report_says_how_many_images_have_reference_captions(tmp_path: Path) -> None:
+    facts = {"variant": "instances+captions", "images_described": 6}
+    found = effects.effects(effects.read_runs(write_run(tmp_path / "run", {"baseline": BASE}, **facts)))
+    assert "reference captions of 6 of 40 images, 15%" in report.effects_markdown(found)
+    found = effects.effects(
+        effects.read_runs(write_run(tmp_path / "all", {"baseline": BASE}, **{**facts, "images_described": 40}))
+    )
+    assert "reference captions" not in report.effects_markdown(found)
+
+
 def test_unfinished_methods_are_compared_over_what_they_have(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", {"baseline": BASE, "gift": BETTER[:24]})
     found = effects.effects(effects.read_runs(folder))
