@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vlm_attn.call import Call
+from vlm_attn.hallucination import Pai
 from vlm_attn.layout import ImageSpan, build_layout
 
 
@@ -57,3 +58,13 @@ class TestVision:
     def test_nothing_was_read(self) -> None:
         with pytest.raises(ValueError, match="did not run in this call"):
             self.call([1], [1.0, 1.0]).vision(0, 7)
+
+
+def test_once_is_once_per_number_of_rows() -> None:
+    """What is the same in every layer is made once; beams make it anew."""
+    prompt = build_layout(torch.tensor([[False, True, False]]), None, [(2, 3)], [0], [ImageSpan(0, 1, 2, (1, 1))])
+    call, method, made = Call(prompt, batch=1), Pai(), []
+    for batch in (1, 1, 3, 3, 1):
+        call.batch = batch
+        assert call.once(method, lambda: made.append(call.batch) or call.batch) == batch  # type: ignore[func-returns-value]
+    assert made == [1, 3]

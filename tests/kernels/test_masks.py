@@ -33,6 +33,14 @@ def test_every_mask_is_written_by_hand() -> None:
     assert set(WANTED) == {*masks.MASKS, "sliding:2"}
 
 
+def test_two_windows_meet_in_the_smaller() -> None:
+    """Row i sees keys i - 1 and i, whichever window is named first."""
+    group = torch.full((1, 5), int(Group.SYSTEM))
+    for one, other in ((2, 4), (4, 2)):
+        mask = masks.and_(masks.causal, masks.sliding(one), masks.sliding(other))
+        assert lines(masks.materialise(mask, group)[0, 0]) == ["#....", "##...", ".##..", "..##.", "...##"]
+
+
 @pytest.mark.parametrize("name", WANTED)
 def test_matrix(name: str) -> None:
     group, image = masks.parse_layout(LAYOUT)
