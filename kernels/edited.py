@@ -60,10 +60,13 @@ class Columns:
         return self.segments.narrow(1, offset, length)
 
     def picked(self, columns: Tensor) -> Self:
-        """The same for the columns ``[B, n]`` that are there."""
+        """The same for the columns ``[B, n]`` that are there, generated ones among them."""
         new = copy.copy(self)
-        index = columns[..., None].expand(-1, -1, self.segments.shape[2])
-        new.segments = self.segments.gather(1, index)
+        last = self.segments.shape[1] - 1
+        index = columns.clamp(max=last)[..., None].expand(-1, -1, self.segments.shape[2])
+        rest = torch.zeros_like(self.segments[:, :1])
+        rest[..., 0] = self.rest
+        new.segments = torch.where((columns <= last)[..., None], self.segments.gather(1, index), rest)
         return new
 
     def to(self, device: torch.device) -> Self:

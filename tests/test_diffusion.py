@@ -15,7 +15,8 @@ from vlm_attn.branch import Run
 from vlm_attn.diffusion import decoder, sampling
 from vlm_attn.diffusion.decoder import Settings, resolve
 from vlm_attn.patching import engine_of
-from vlm_attn.visual_token_ops import DivPrune
+from vlm_attn.registry import build
+from vlm_attn.visual_token_ops import DivPrune, Progressive
 
 MASK = 127
 PROMPTS = [["image", 4], [3, "image", 7]]
@@ -477,6 +478,16 @@ class TestPruning:
             written = late[2][step].written
             torch.testing.assert_close(late[1][step][written], wanted[written], rtol=1e-4, atol=1e-6)
         assert not torch.allclose(late[1], plain[1], rtol=1e-3, equal_nan=True)
+
+    @pytest.mark.parametrize("beside", ["pai", "gift"])
+    def test_edits_follow_what_is_taken_out(self, model, inputs, beside):
+        """Columns leave the prompt's cache between two steps: an edit then means what it means where they are hidden."""
+        answers = []
+        for mode in ("drop", "mask"):
+            edit = build(beside, **{**ACTIVE[beside], **({"heads": 1.0} if beside == "gift" else {})})
+            vlm_attn.patch(model, [Progressive(keep=1, mode=mode), edit], replace=vlm_attn.is_patched(model))
+            answers.append(run(model, inputs, cache="prefix", attention="causal", steps=8))
+        same(*answers)
 
     @pytest.mark.parametrize("cache", ["none", "prefix"])
     def test_progressive_keeps_fewer_every_step(self, model, inputs, cache):

@@ -24,6 +24,11 @@ ELSEWHERE = {  # what acts on something that this file does not do
 }
 SAME = {"mode": "mask"}  # documented to give the same logits
 NAMES = {("cdpruner", "clip"), ("trim", "clip")}  # which model is asked
+BESIDE = {
+    ("sparsevlm", "neighbours"),  # too few tokens here: tests/visual_token_ops/test_closed_forms.py
+    ("sparsevlm", "heads"),  # acts in version 2 only: tests/visual_token_ops/test_closed_forms.py
+    ("prumerge", "last_layer"),  # the tiny tower's last layer is projected: tests/visual_token_ops/test_methods.py
+}
 SCORES = tuple(tuple((7 * layer + 5 * head) % 16 / 16 for head in range(4)) for layer in range(4))
 OTHERS = tuple(tuple(float(head == layer) for head in range(4)) for layer in range(4))
 EDGES = {"sink_dims": (3, 7), "tau": 1.5, "rho": 0.1, "visual_floor": 0.02}
@@ -112,19 +117,22 @@ REDUCERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "divprune": ({}, {}),
     "downsample": ({}, {}),
     "fastv": ({}, {"layer": 1}),
-    "holov": ({"chunks": 3, "attention_weight": 1.0}, {"chunks": 2, "attention_weight": 0.0, "variance_weight": 50.0}),
+    "holov": (
+        {"chunks": 3, "attention_weight": 1.0},
+        {"chunks": 2, "attention_weight": 0.0, "variance_weight": 50.0, "code_parity": True},
+    ),
     "layer_skip": ({"keep": 0.0}, {"layers": (1,)}),
-    "prumerge": ({}, {}),
-    "pyramid_drop": ({}, {"layers": (2,)}),
+    "prumerge": ({}, {"plus": True, "neighbours": 1}),
+    "pyramid_drop": ({}, {"layers": (2,), "counts": (0.9, 0.8, 0.7)}),
     "random": ({}, {"seed": 1}),
     "sparsevlm": (
-        {"keep": 0.3, "recycle": 1.0},
-        {"layers": (1,), "counts": (0.9, 0.5), "recycle": 0.2, "clusters": 0.5},
+        {"keep": 0.3, "recycle": 1.0, "clusters": 0.3},
+        {"layers": (1,), "counts": (0.9, 0.5), "recycle": 0.2, "clusters": 0.8, "version": 2},
     ),
     "tome": ({}, {}),
     "trim": ({}, {"summary": False}),
-    "visionzip": ({}, {"contextual": 0.4}),
-    "vscan": ({"keep": 0.3, "first": 2.0}, {"first": 1.0, "window": 1, "layer": 3}),
+    "visionzip": ({}, {"contextual": 0.4, "cls_token": False}),
+    "vscan": ({"keep": 0.3, "first": 2.0}, {"first": 1.0, "window": 1, "layer": 3, "counts": (5, 2)}),
     "vtw": ({"keep": 0.0, "layer": 2}, {"layer": 1}),
 }
 
@@ -181,8 +189,8 @@ def test_every_field_of_every_method_is_here() -> None:
     assert {*METHODS, *REDUCERS, *ELSEWHERE} == set(registry.METHODS), "a new method needs its row above"
     for name in [*METHODS, *REDUCERS]:
         known = {field.name for field in fields(registry.method_class(name))}
-        common = {"keep", "mode", "compensate"} if name in REDUCERS else {"mode"} & known
-        spare = {field for method, field in NAMES if method == name}
+        common = {"keep", "mode", "compensate", "positions"} if name in REDUCERS else {"mode"} & known
+        spare = {field for method, field in NAMES | BESIDE if method == name}
         if name == "var":
             common = {"cosine"}  # of the other detector: tests/engine/test_sinks.py
         assert known == {*changes(name), *common, *spare}, name

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,11 +27,16 @@ class CDPruner(ClipReducer):
         clip: see :class:`~vlm_attn.visual_token_ops.clip.ClipReducer`.
 
     x are the projected features. The cosine of patch and question is *negated*, as the released code has it. The set is found
-    greedily (MAP). Deviation: the question goes through CLIP sentence by sentence.
+    greedily (MAP), in float64. Deviation: a question longer than CLIP reads is cut; the released code reads on in pieces and
+    takes their mean.
     """
 
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "CDPruner, arXiv 2506.10967"
+
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"paper-{count}": {"keep": count / 576} for count in (128, 64, 32)
+    }
 
     keep: Keep = 1 / 9
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,18 @@ class DivPrune(Reducer):
     Attributes:
         keep: default 0.098, the paper's ratio (56 of 576).
 
-    The question has no say: the choice is made before the language model. Cost: the cosines of all pairs of tokens.
+    The question has no say: the choice is made before the language model. Cosines are those of the features in float32,
+    whatever the model's dtype: in half precision the differences between tokens drown in rounding, and other tokens are
+    chosen (the released code, which stays in half precision, has 0.82 of its tokens in common with itself in float32). A
+    share is rounded as Python's ``round`` does, of equal distances the earlier token is taken. Cost: the cosines of all
+    pairs of tokens.
     """
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "DivPrune, arXiv 2503.02175"
+
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper-56": {"keep": 0.098}}
+    whole = staticmethod(round)
 
     keep: Keep = 0.098
 

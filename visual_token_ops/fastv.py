@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,12 +23,26 @@ class FastV(Reducer):
         layer: K, the first layer that runs on fewer tokens. At least 1.
         keep: 1 - R of the paper.
 
-    Original positions, order kept. Deviations: chosen per image, once per prompt (cached and uncached decoding agree);
-    the attention row comes from one extra row product, not from an eager layer.
+    A share is rounded as Python's ``round`` does, of equal scores the earlier token stays. Deviations: chosen per image, once
+    per prompt (cached and uncached decoding agree); the attention row comes from one extra row product, not from an eager
+    layer.
+
+    Rows: the paper's own, ``paper-k2-r50`` and ``paper-k3-r50`` (K, R). ``paper-192``, ``-128`` and ``-64`` are the rows of
+    later papers' tables, which count the mean over 32 layers: K = 2 and the share that gives it, since those papers do not
+    say theirs.
     """
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "FastV, arXiv 2403.06764"
+
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper-k2-r50": {"layer": 2, "keep": 0.5},
+        "paper-k3-r50": {"layer": 3, "keep": 0.5},
+        "paper-192": {"layer": 2, "keep": 166 / 576},
+        "paper-128": {"layer": 2, "keep": 98 / 576},
+        "paper-64": {"layer": 2, "keep": 30 / 576},
+    }
+    whole = staticmethod(round)
 
     layer: int = 3
     keep: Keep = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,16 +11,18 @@ from torch import Tensor
 
 from vlm_attn.call import Call
 from vlm_attn.method import Method, ModelFacts, check_range, layer_tuple
-from vlm_attn.reduction import Keep, Picture, Reducer, check_keep, highest, kept_count, scaled
-from vlm_attn.visual_token_ops.visionzip import others
+from vlm_attn.reduction import Keep, Picture, Staged, highest, kept_count, others, scaled, truncated
 
 RATING = (2, 6, 15)  # layers, of 32
-# Tokens left after each of three stages, of 576, by mean budget: the paper's lists.
-PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+# Tokens left after each of three stages, of 576, by version and mean budget: the released lists.
+PUBLISHED = {
+    1: {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    2: {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(Reducer):
+class SparseVLM(Staged):
     """Keep what the text tokens that belong to the image attend to, in several layers.
 
     Equation:
@@ -35,23 +38,36 @@ class SparseVLM(Reducer):
             one and the stages before it go down evenly.
         counts: tokens left after each stage in place of all that, one for every layer: all shares or all numbers, none above
             the one before it. Empty = by ``keep``.
-        recycle: share of the dropped tokens, the best rated, that is summed up; 0 = no recycling. Range 0..1.
+        recycle: share of the dropped tokens, the best rated, that is summed up, plus one; 0 = no recycling. Range 0..1.
         clusters: their number, as a share of what is recycled, plus one. Range 0..1.
+        neighbours: k of the density; 0 = as many as there are clusters.
+        version: 1, or 2 for SparseVLM+: its own lists of tokens per stage, no recycling, the ``heads`` that give the image
+            most, and attention divided by what the rotation alone makes of a logit (two vectors of ones, turned as query
+            and key are).
+        heads: how many heads rate in version 2; all there are, where there are fewer.
 
     Raters are the text tokens behind the image whose mean softmax (over the text) of image-text products of the input
-    embeddings is above average. Clusters: density peaks (k = 5); their mean stands in the place of their centre, on top of
-    what is kept. Deviations: the mean stands in the centre's place instead of at the end; positions are the original ones; the
-    released code takes as many neighbours for a density as there are clusters.
+    embeddings is above average. Clusters: density peaks; their mean stands in the place of their centre, on top of what is
+    kept. The released code of version 1 numbers what is left anew and puts the means at the end, best cluster first:
+    ``positions="packed"``; that of version 2 keeps positions. Deviation: the little noise that the released code adds to
+    densities is a fixed one here, which prefers the earlier of two alike.
     """
 
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "SparseVLM, arXiv 2410.04417"
 
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **{f"paper-{mean}": {"keep": mean / 576} for mean in PUBLISHED[1]},
+        **{f"paper-plus-{mean}": {"keep": mean / 576, "version": 2} for mean in PUBLISHED[2]},
+    }
+
     layers: tuple[int, ...] = ()
     keep: Keep = 1 / 3
-    counts: tuple[Keep, ...] = ()
     recycle: float = 0.3
     clusters: float = 0.1
+    neighbours: int = 0
+    version: int = 1
+    heads: int = 14
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,39 +75,16 @@ class SparseVLM(Reducer):
             layer_tuple(self, "layers")
         if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
             raise ValueError(f"sparsevlm: layers={self.layers} must be ascending and begin at 0 or later")
-        given: Any = self.counts
-        object.__setattr__(self, "counts", (given,) if isinstance(given, int | float) else tuple(given))
-        for count in self.counts:
-            check_keep(self, "counts", count)
-        if len(set(map(type, self.counts))) > 1 or list(self.counts) != sorted(self.counts, reverse=True):
-            raise ValueError(
-                f"sparsevlm: counts={self.counts} must be all shares (floats) or all numbers (ints), none above the one before"
-            )
         check_range(self, "recycle", 0, 1)
         check_range(self, "clusters", 0, 1)
-
-    @property
-    def neutral(self) -> bool:
-        """Everything is kept."""
-        return self.counts[-1] == 1.0 and isinstance(self.counts[-1], float) if self.counts else super().neutral
+        check_range(self, "neighbours", 0, 100_000)
+        check_range(self, "heads", 1, 100_000)
+        if self.version not in PUBLISHED:
+            raise ValueError(f"sparsevlm: version={self.version!r} is neither 1 nor 2 (SparseVLM+)")
 
     def bind(self, facts: ModelFacts) -> Method:
         """The paper's layers, unless others are given."""
-        layers = self.layers or scaled(RATING, facts.layers)
-        if self.counts and len(self.counts) != len(layers):
-            raise ValueError(f"sparsevlm: counts={self.counts} for layers {layers}: give one for every layer")
-        return Reducer.bind(replace(self, layers=layers), facts)
-
-    def start(self, call: Call, processor: Any) -> None:
-        """Check the largest count as well."""
-        super().start(call, processor)
-        least = min((image.stop - image.start for image in call.prompt.images), default=0)
-        most = max(self.counts, default=0)
-        if least and isinstance(most, int) and most > least:
-            raise ValueError(
-                f"sparsevlm: counts={self.counts} begins with more than the {least} tokens of an image: give numbers of "
-                f"1..{least}, or shares in (0, 1]"
-            )
+        return Staged.bind(replace(self, layers=self.layers or scaled(RATING, facts.layers)), facts)
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -103,17 +96,24 @@ class SparseVLM(Reducer):
         """The rating layers."""
         return self.layers
 
-    def left(self, stage: int, total: int) -> int:
-        """Tokens after a stage; the first takes none."""
-        if stage == 0:
-            return total
-        if self.counts:
-            return kept_count(self.counts[stage - 1], total)
+    @property
+    def taking(self) -> tuple[int, ...]:
+        """All but the first."""
+        return self.stages[1:]
+
+    @property
+    def turn_layers(self) -> tuple[int, ...]:
+        """Version 2 wants to know the rotation in the rating layers."""
+        return self.layers if self.version == 2 else ()
+
+    def left_of_keep(self, at: int, total: int) -> int:
+        """By the list nearest to ``keep``."""
         budget = kept_count(self.keep, total) / total
         if len(self.layers) != 3:
-            return kept_count(budget ** (stage / len(self.layers)), total)
-        nearest = min(PUBLISHED, key=lambda known: abs(known / 576 - budget))
-        return kept_count(min(1.0, PUBLISHED[nearest][stage - 1] / nearest * budget), total)
+            return kept_count(budget ** ((at + 1) / len(self.layers)), total)
+        lists = PUBLISHED[self.version]
+        nearest = min(lists, key=lambda known: abs(known / 576 - budget))
+        return kept_count(min(1.0, lists[nearest][at] / nearest * budget), total)
 
     def read_rows(self, call: Call) -> Tensor:
         """All text behind the image ``[B, T]``: few rows, and which of them rate is another question."""
@@ -123,9 +123,14 @@ class SparseVLM(Reducer):
         return order.masked_fill(~text.gather(1, order), -1)
 
     def score(self, picture: Picture) -> Tensor:
-        """Mean over heads and raters."""
+        """Mean over heads and raters; in version 2 over the heads that give the image most, the rotation divided out."""
         assert picture.rows is not None
-        return picture.rows[:, picture.memory["raters"]].mean((0, 1))
+        rows = picture.rows[:, picture.memory["raters"]]
+        if self.version == 2:
+            assert picture.turns is not None
+            rows = rows / picture.turns[picture.memory["raters"]]
+            rows = rows[highest(rows.sum((1, 2)), min(self.heads, len(rows)))]
+        return rows.mean((0, 1))
 
     def choose(self, picture: Picture) -> Tensor:
         """The best rated, and the centres of what is recycled."""
@@ -133,19 +138,28 @@ class SparseVLM(Reducer):
             assert picture.text is not None
             picture.memory["raters"] = raters(picture.tokens, picture.text)
             return torch.arange(len(picture.tokens), device=picture.tokens.device)
+        picture.memory.pop("centre_order", None)  # of an earlier stage
         score = self.score(picture)
         chosen = highest(score, picture.count)
         rest = others(len(score), chosen)
-        recycled = rest[highest(score[rest], int(self.recycle * len(rest)))]
-        if not len(recycled):
+        if not self.recycle or self.version == 2 or not len(rest):
             return chosen
+        recycled = rest[highest(score[rest], truncated(self.recycle * len(rest)) + 1)]
         tokens = picture.tokens[recycled].float()
-        centre, goes = density_peaks(tokens, int(self.clusters * len(recycled)) + 1)
+        clusters = truncated(self.clusters * len(recycled)) + 1
+        centre, goes = density_peaks(tokens, clusters, self.neighbours or clusters)
         sums = torch.zeros(len(centre), tokens.shape[1], device=tokens.device).index_add(0, goes, tokens)
         picture.memory["means"] = sums / goes.bincount(minlength=len(centre))[:, None]
-        picture.memory["centres"] = recycled[centre]
+        picture.memory["centres"] = picture.memory["centre_order"] = recycled[centre]
         picture.memory["recycled"], picture.memory["goes"] = recycled, goes
         return torch.cat([chosen, recycled[centre]]).sort().values
+
+    def order(self, picture: Picture, chosen: Tensor) -> Tensor | None:
+        """The means at the end."""
+        if "centre_order" not in picture.memory:
+            return None
+        centres = picture.memory.pop("centre_order")
+        return torch.searchsorted(chosen, torch.cat([chosen[~torch.isin(chosen, centres)], centres]))
 
     def merge(self, picture: Picture, chosen: Tensor) -> Tensor | None:
         """Cluster means in the place of their centres."""
@@ -170,7 +184,7 @@ def raters(image: Tensor, text: Tensor) -> Tensor:
     return chosen if len(chosen) else torch.arange(len(text), device=text.device)  # all alike
 
 
-def density_peaks(tokens: Tensor, count: int, neighbours: int = 5) -> tuple[Tensor, Tensor]:
+def density_peaks(tokens: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor]:
     """DPC-kNN: centres are dense and far from anything denser.
 
     Args:

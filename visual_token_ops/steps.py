@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm_attn import registry
 from vlm_attn.call import Call
-from vlm_attn.method import check_range
+from vlm_attn.method import Wide, check_range
 from vlm_attn.reduction import Picture, Reducer, kept_count
 
 
@@ -48,7 +48,7 @@ class _Timed(Reducer):
             )
 
     @property
-    def cls_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+    def cls_layers(self) -> tuple[int | Wide, ...]:  # type: ignore[override]
         """Those of the reducer."""
         return self.inner.cls_layers
 

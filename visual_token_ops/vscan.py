@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vlm_attn.method import PROJECTED, Method, ModelFacts, check_range
-from vlm_attn.reduction import Keep, Picture, Reducer, highest, kept_count, scaled
+from vlm_attn.method import PROJECTED, Method, ModelFacts, Wide, check_range
+from vlm_attn.reduction import Keep, Picture, Staged, highest, kept_count, others, scaled
 from vlm_attn.visual_token_ops.holov import quota
-from vlm_attn.visual_token_ops.visionzip import others
 
 
 @dataclass(frozen=True, kw_only=True)
-class VScan(Reducer):
+class VScan(Staged):
     """Keep the best of every window and of the whole image, merge the rest; inside, keep what the last token attends to.
 
     Equation:
@@ -26,6 +26,7 @@ class VScan(Reducer):
 
     Attributes:
         keep: what is left behind the second stage; default 32 of 576, as a share.
+        counts: tokens left after each stage, in place of ``keep`` and ``first``: both shares or both numbers. Empty = by these.
         first: how many times as much the first stage leaves: the paper's 96 to 32. At least 1.
         window: side of the windows. 1..64.
         layer: the layer before which the second stage is; 0 = the paper's 16 of 32, scaled to the model's depth.
@@ -33,13 +34,17 @@ class VScan(Reducer):
     First stage: half of the tokens are the best of every window, by the CLS attention of layer 5 of the tower (of 24); the
     other half are the best of the rest, by that of the layer that is projected. Every other token is averaged into the kept
     one that is most like it (cosine of the projected features). Second stage: as PyramidDrop. An image without a grid is one
-    window. Deviation: merging happens behind the projector.
+    window. Deviation: merging happens behind the projector. Rows ``paper-192``, ``-128`` and ``-64`` are means over the layers:
+    one and a half times that in the lower half, half of it in the upper.
     """
 
     name: ClassVar[str] = "vscan"
     paper: ClassVar[str] = "VScan, arXiv 2505.22654"
-    cls_layers: ClassVar[tuple[int, ...]] = (PROJECTED, 5)
+    cls_layers: ClassVar[tuple[int | Wide, ...]] = (PROJECTED, 5)
     reads_ahead: ClassVar[bool] = True
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"paper-{mean}": {"counts": (mean * 3 / 2 / 576, mean / 2 / 576)} for mean in (192, 128, 64)
+    }
 
     keep: Keep = 1 / 18
     first: float = 3.0
@@ -54,7 +59,7 @@ class VScan(Reducer):
 
     def bind(self, facts: ModelFacts) -> Method:
         """The paper's layer, unless another is given."""
-        return Reducer.bind(replace(self, layer=self.layer or scaled((16,), facts.layers)[0]), facts)
+        return Staged.bind(replace(self, layer=self.layer or scaled((16,), facts.layers)[0]), facts)
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -66,10 +71,10 @@ class VScan(Reducer):
         """The layer of the second stage."""
         return (self.layer,)
 
-    def left(self, stage: int, total: int) -> int:
+    def left_of_keep(self, at: int, total: int) -> int:
         """More first, then what is asked for."""
         last = kept_count(self.keep, total)
-        return last if stage else min(total, int(last * self.first + 0.5))
+        return last if at else min(total, int(last * self.first + 0.5))
 
     def choose(self, picture: Picture) -> Tensor:
         """Windows and the whole; or the last row's attention."""

@@ -15,7 +15,7 @@ from vlm_attn.layout import TokenLayout
 
 if TYPE_CHECKING:
     from vlm_attn.dropping import Reduction
-    from vlm_attn.method import Method
+    from vlm_attn.method import Method, Wide
     from vlm_attn.reduction import Picture, Reducer
 
 Mode = Literal["prompt", "edited", "other"]
@@ -134,7 +134,7 @@ class Call:
     progress: float = 0.0
     chosen: dict[tuple[str, int, int, int], Tensor] = field(default_factory=dict)
     pictures: dict[int, tuple[Reducer, Picture]] = field(default_factory=dict)
-    seen: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    seen: dict[int | Wide, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     pixels: Tensor | None = None
     reached: set[int] = field(default_factory=set)
     _layouts: dict[int, TokenLayout] = field(default_factory=dict)
@@ -208,7 +208,7 @@ class Call:
         rows = columns - int(self.past)
         return rows.clamp(0, self.length - 1), (rows >= 0) & (rows < self.length)
 
-    def vision(self, image: int, layer: int) -> tuple[Tensor, Tensor]:
+    def vision(self, image: int, layer: int | Wide) -> tuple[Tensor, Tensor]:
         """What was read of a layer of the vision tower at one image of the prompt: ``[tiles, T]`` and ``[tiles, T, d]``.
 
         Raises:

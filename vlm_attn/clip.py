@@ -13,6 +13,12 @@ from vlm_attn.call import Call
 from vlm_attn.chat import tokenizer_of
 from vlm_attn.layout import ImageSpan
 
+# What LLaVA's evaluation prompts append to a question to ask for a form of answer.
+FORMS = (
+    "Answer the question using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+    "When the provided information is insufficient, respond with 'Unanswerable'.",
+)
 SENTENCE = re.compile(r"(?<=[.?!])\s+")
 
 
@@ -60,6 +66,13 @@ def shown(method: str, call: Call, processor: Any) -> list[tuple[int, ImageSpan,
     return [(n, image, pixels[place], texts[image.row]) for place, (n, image) in enumerate(new)]
 
 
+def without_form(text: str) -> str:
+    """A question without the note on the form of its answer, if one of :data:`FORMS` ends it; alone, it stays."""
+    for form in FORMS:
+        text = text.strip().removesuffix(form).strip() or text.strip()
+    return text
+
+
 def natural(pixels: Tensor, image_processor: Any) -> Tensor:
     """Pixel values ``[N, 3, H, W]`` as colours in [0, 1], float32."""
     if not getattr(image_processor, "do_normalize", True):
@@ -96,22 +109,25 @@ def load(name: str) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def similarity(name: str, pixels: Tensor, text: str, grid: tuple[int, int]) -> Tensor:
-    """Cosine of every cell of a picture with a text, mean over its sentences.
+def similarity(name: str, pixels: Tensor, text: str, grid: tuple[int, int], *, cosine: bool = True) -> Tensor:
+    """How much every cell of a picture has in common with a text.
 
     Args:
         name: see :func:`load`.
         pixels: ``[3, H, W]`` colours in [0, 1]; stretched to CLIP's own size.
-        text: the text; a sentence is cut at CLIP's length.
+        text: the text, as one; cut at CLIP's length.
         grid: ``(h, w)`` cells wanted. Where CLIP has another grid, its map is resized (bilinear).
+        cosine: the cosine of the two; else the product of the two embeddings as they are.
 
     Returns:
-        ``[h * w]`` float32.
+        ``[h * w]`` float32. A cell is what leaves the block before last of the image tower (the only one, if there is one),
+        through the tower's last norm and projection.
     """
-    tower, picture, words = _towers(name, pixels, text)
-    last = tower.forward_intermediates(picture, indices=1, normalize_intermediates=True, intermediates_only=True)
-    patches = nn.functional.normalize(last["image_intermediates"][0][0].permute(1, 2, 0) @ tower.proj, dim=-1)
-    return _on_grid((patches @ words.T).mean(-1), grid)
+    tower, picture, (words,) = _towers(name, pixels, [text], normalize=cosine)
+    block = max(0, len(tower.transformer.resblocks) - 2)
+    seen = tower.forward_intermediates(picture, indices=[block], normalize_intermediates=True, intermediates_only=True)
+    patches = seen["image_intermediates"][0][0].permute(1, 2, 0) @ tower.proj
+    return _on_grid((nn.functional.normalize(patches, dim=-1) if cosine else patches) @ words, grid)
 
 
 def gradient_map(name: str, pixels: Tensor, text: str, grid: tuple[int, int]) -> tuple[Tensor, float]:
@@ -136,7 +152,7 @@ def gradient_map(name: str, pixels: Tensor, text: str, grid: tuple[int, int]) ->
         return inputs[0], *args[1:]
 
     with torch.inference_mode(False), torch.enable_grad():
-        tower, picture, words = _towers(name, pixels.clone(), text)
+        tower, picture, words = _towers(name, pixels.clone(), SENTENCE.split(text.strip()))
         hook = tower.transformer.resblocks[-1].register_forward_pre_hook(keep)
         try:
             cosine = (nn.functional.normalize(tower(picture), dim=-1) @ words.T).mean()
@@ -147,8 +163,8 @@ def gradient_map(name: str, pixels: Tensor, text: str, grid: tuple[int, int]) ->
     return _on_grid(cells.view(tower.grid_size), grid), cosine.item()
 
 
-def _towers(name: str, pixels: Tensor, text: str) -> tuple[Any, Tensor, Tensor]:
-    """The image tower, what it is shown ``[1, 3, h, w]``, and the sentences ``[n, d]`` of unit length."""
+def _towers(name: str, pixels: Tensor, texts: list[str], *, normalize: bool = True) -> tuple[Any, Tensor, Tensor]:
+    """The image tower, what it is shown ``[1, 3, h, w]``, and the texts ``[n, d]``, of unit length if asked."""
     model, tokenizer = load(name)
     model.to(pixels.device)
     tower: Any = model.visual
@@ -157,7 +173,7 @@ def _towers(name: str, pixels: Tensor, text: str) -> tuple[Any, Tensor, Tensor]:
     picture = pixels[None]
     if pixels.shape[1:] != size:
         picture = nn.functional.interpolate(picture, size, mode="bicubic", antialias=True)
-    words = model.encode_text(tokenizer(SENTENCE.split(text.strip())).to(pixels.device), normalize=True)
+    words = model.encode_text(tokenizer(texts).to(pixels.device), normalize=normalize)
     return tower, (picture - mean) / std, words
 
 

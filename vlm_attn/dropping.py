@@ -11,7 +11,7 @@ is rebuilt from the columns that are kept. Rows that keep fewer tokens than othe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ from vlm_attn import host
 from vlm_attn.families import cells
 from vlm_attn.kernels import Edit, ScoreEdit
 from vlm_attn.layout import ImageSpan
-from vlm_attn.reduction import MERGED, KeptImage, Picture, Reducer
-from vlm_attn.tower import on_tokens
+from vlm_attn.reduction import FEATURES, MERGED, KeptImage, Picture, Reducer
+from vlm_attn.tower import features_on_tokens, on_tokens
 
 if TYPE_CHECKING:
     from vlm_attn.call import Call
@@ -76,6 +76,9 @@ class Reduction:
         owners: per image, what stands for each of its tokens; absent = they all stand for themselves.
         masks: per mask of the host, what was made of it for which keys; one for all layers that share both.
         gathered: per rows and arguments of a layer that hold one entry per row, what was gathered of them.
+        turned: per keys and position embeddings of a layer, those of the new numbers (``positions="packed"``).
+        rotations: per layer that a method wants them of, its position embeddings.
+        moved: per image, which of its tokens sits in the place of each; absent = every one in its own.
         carried: hidden states, ``rows`` and ``visible`` of before the layers that visual tokens bypass; None outside these.
     """
 
@@ -89,6 +92,9 @@ class Reduction:
     owners: dict[int, Tensor] = field(default_factory=dict)
     masks: list[tuple[Any, Kept, Any]] = field(default_factory=list)
     gathered: list[tuple[Tensor, dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    turned: list[tuple[Kept, Any, dict[str, Any]]] = field(default_factory=list)
+    rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    moved: dict[int, Tensor] = field(default_factory=dict)
     carried: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     def report(self, config: Any, images: Sequence[ImageSpan]) -> tuple[KeptImage, ...]:
@@ -158,6 +164,7 @@ def before_layer(
     if layer == 0 and call.reduction is not None:  # what was made for the forward before
         call.reduction.masks.clear()
         call.reduction.gathered.clear()
+        call.reduction.turned.clear()
     if call.mode == "prompt" and any(isinstance(m, Reducer) for m in call.methods):
         if layer == 0:
             call.reduction = _begin(engine, call, host.cache_of(kwargs), len(hidden))
@@ -167,13 +174,19 @@ def before_layer(
         state.layers[layer] = _layer_keys(call, state, layer)
         if state.drop and host.cache_of(kwargs) is not None:
             host.set_dropped(host.cache_of(kwargs), layer, state.layers[layer].dropped)
+        kwargs = _renumbered(engine, call, state, layer, hidden, kwargs)
+        if any(isinstance(m, Reducer) and layer in m.turn_layers for m in call.methods):
+            state.rotations[layer] = kwargs["position_embeddings"]
         kwargs = _gathered(state, kwargs)
     state = call.reduction
     if state is None or layer not in state.layers:
         return None
+    before = kwargs
+    if call.mode != "prompt":
+        kwargs = _renumbered(engine, call, state, layer, hidden, kwargs)
     mask = kwargs.get("attention_mask")
     new = _layer_mask(engine, call, state, module, layer, mask, hidden, host.cache_of(kwargs))
-    if new is mask and call.mode != "prompt":
+    if new is mask and call.mode != "prompt" and kwargs is before:
         return None
     kwargs = {**kwargs, "attention_mask": new}
     return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
@@ -273,9 +286,11 @@ def _choose(
         columns = torch.arange(image.start, image.stop, device=state.visible.device)
         columns = columns[state.visible[row, columns]]
         index = _place(state, row, columns - call.first)
-        places = columns - image.start
+        seats = columns - image.start
+        places = state.moved[number][seats] if number in state.moved else seats  # which tokens sit there
         seen = [on_tokens(engine.model_config, image, *call.vision(number, layer)) for layer in method.cls_layers]
         patches = on_tokens(engine.model_config, image, *call.vision(number, MERGED)) if method.merges else None
+        features, cls_feature, project = _features(engine, call, method, number, hidden[row, index], places)
         text = call.prompt.text_after_image[image.row].nonzero().flatten()
         picture = Picture(
             tokens=hidden[row, index],
@@ -294,13 +309,17 @@ def _choose(
             local=seen[1][0][places] if len(seen) > 1 else None,
             patch=None if patches is None else patches[0][places].long(),
             into=None if patches is None else patches[1][places, 0].long(),
+            features=features,
+            cls_feature=cls_feature,
+            project=project,
+            turns=_turns(call, state, method, method.stages[stage] - 1, row, columns),
         )
         if method.timed:
             call.pictures[number] = (method, picture)
             if picture.count == len(columns):
                 continue
         chosen = _chosen(call, method, picture)
-        if len(chosen) == len(columns):
+        if len(chosen) == len(columns) == picture.count:
             continue
         merged = method.merge(picture, chosen)
         owners = method.owners(picture, chosen)
@@ -308,15 +327,60 @@ def _choose(
         if method.compensate:
             changed, merged, owners = _summed_up(state, slice(row, row + times), columns, picture.tokens, owners)
             chosen = torch.cat([chosen, changed]).sort().values
+        order = method.order(picture, chosen) if method.positions == "packed" and not method.compensate else None
+        if order is not None:
+            merged = (picture.tokens[chosen] if merged is None else merged)[order]
+            moved = state.moved.get(number, torch.arange(picture.total, device=places.device)).clone()
+            moved[seats[chosen]] = places[chosen[order]]
+            state.moved[number] = moved
         if merged is not None:
             hidden = hidden.clone()
             hidden[row : row + times, index[changed]] = merged.to(hidden.dtype)
         gone = torch.ones_like(columns, dtype=torch.bool)
         gone[chosen] = False
         state.visible[row : row + times, columns[gone]] = False
-        state.stages.setdefault(number, []).append((method.stages[stage], places[chosen].cpu()))
+        state.stages.setdefault(number, []).append((method.stages[stage], places[chosen].sort().values.cpu()))
         state.hand_over(number, picture.total, places, owners)
     return hidden
+
+
+def _features(
+    engine: Engine, call: Call, method: Reducer, number: int, tokens: Tensor, places: Tensor
+) -> tuple[Tensor | None, Tensor | None, Callable[[Tensor], Tensor] | None]:
+    """What the projector made an image's tokens of: their features, the CLS token's, and the projector.
+
+    Raises:
+        NotImplementedError: the tokens are not what the projector makes of these features.
+    """
+    if not method.reads_features or engine.projector is None:
+        return None, None, None
+    made_by: Any = engine.projector
+    cls, given = call.vision(number, FEATURES)
+    features = features_on_tokens(engine.model_config, call.prompt.images[number], given)[places]
+
+    def project(x: Tensor) -> Tensor:
+        return made_by.forward(x[None].to(given.dtype))[0]  # not through its hooks: the call did not ask for it
+
+    first = int(features.any(1).int().argmax())  # a newline token has no feature
+    one, made = tokens[first].float(), project(features[first][None])[0].float()
+    if not torch.linalg.vector_norm(one - made) <= 0.05 * torch.linalg.vector_norm(made):
+        raise NotImplementedError(
+            f"{method.name} merges what goes into the projector, but the tokens are not what comes out of it: another "
+            "reducer has merged them before, or the text model scales them. Use one of these reducers alone"
+        )
+    whole = cls[0, 0] if cls.shape[1] and cls.shape[2] == features.shape[1] else None
+    return features, whole, project
+
+
+def _turns(call: Call, state: Reduction, method: Reducer, layer: int, row: int, columns: Tensor) -> Tensor | None:
+    """``[R, n]``: what the rotation alone makes of a logit, of the rows that a method reads and an image's columns."""
+    if layer not in method.turn_layers:
+        return None
+    cos, sin = (x[row if len(x) > 1 else 0].float() for x in state.rotations[layer])
+    half = torch.ones_like(cos).index_fill_(1, torch.arange(cos.shape[1] // 2, device=cos.device), -1.0)
+    ones = cos + half * sin  # a vector of ones, turned: its halves turn against each other
+    rows = method.read_rows(call)[row].clamp_min(call.first)
+    return ones[rows - call.first] @ ones[columns - call.first].T / cos.shape[1] ** 0.5
 
 
 def _summed_up(
@@ -410,6 +474,33 @@ def _gather(call: Call, state: Reduction, hidden: Tensor) -> Tensor:
     index = rows if state.rows is None else torch.searchsorted(state.rows, rows)
     state.rows = rows
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+
+
+def _renumbered(
+    engine: Engine, call: Call, state: Reduction, layer: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """A layer's arguments with the positions of its rows counted over what is left, where a method wants that."""
+    if not any(isinstance(m, Reducer) and m.positions == "packed" for m in call.methods):
+        return kwargs
+    kept, given, kind = state.layers[layer], kwargs["position_embeddings"], None
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        for of, turned, made in state.turned:
+            if of is kept and turned is given:
+                return {**kwargs, **made}
+    gone = (~kept.visible).cumsum(1)
+    positions = kwargs["position_ids"]
+    columns = torch.arange(positions.shape[-1], device=gone.device) + call.past
+    before = gone.gather(1, columns.clamp(max=gone.shape[1] - 1).expand(len(gone), -1))
+    positions = (positions - before).clamp_min(0)
+    if engine.rotary_kinds is not None:
+        kind = engine.rotary_kinds[layer]
+    rotary: Any = engine.text_model.rotary_emb
+    turned = rotary(hidden, positions) if kind is None else rotary(hidden, positions, kind)
+    made = {"position_embeddings": turned, "position_ids": positions}
+    if not compiling:
+        state.turned.append((kept, given, made))
+    return {**kwargs, **made}
 
 
 def _gathered(state: Reduction, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -513,7 +604,7 @@ def _look_ahead(
     """Read the attention that a layer would pay if this method took nothing away before it: its keys, and the queries of the
     rows that are read. Methods that choose first have chosen."""
     state.layers[layer] = _layer_keys(call, state, layer)
-    arguments = _gathered(state, dict(kwargs))
+    arguments = _gathered(state, _renumbered(engine, call, state, layer, hidden, dict(kwargs)))
     mask = arguments.get("attention_mask")
     held = host.cache_of(arguments) if call.first else None  # earlier columns are keys, too
     arguments["attention_mask"] = _layer_mask(engine, call, state, module, layer, mask, hidden, held)

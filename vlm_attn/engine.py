@@ -69,9 +69,13 @@ class Engine:
         self.processor = processor
         self.template = template
         self.query_span = query_span
+        self.rotary_kinds: list[str] | None = (
+            None  # of every layer, where there are several and a method renumbers positions
+        )
         self.base = "sdpa"  # implementation the model had
         self.told: set[str] = set()  # warnings that are given once
         self.kept: tuple[KeptImage, ...] = ()  # of the last prompt
+        self.projector: nn.Module | None = None  # makes tokens of the tower's features, where a method merges these
         self.force = False  # run neutral methods through the edit path too
         self.looked_at = False  # runs are for looking at the model, and a prompt without an image is an error
         self.watch: Callable[..., None] | None = None  # is shown how every row of an edited forward attends

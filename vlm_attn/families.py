@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlm_attn import host
 from vlm_attn.layout import ImageSpan, Span
+from vlm_attn.method import Wide
 
 # (config, call inputs, row-major index of the image, tokens of the run) -> grid and index of its first token
 Grid = tuple[tuple[int, int], int]
@@ -126,6 +127,7 @@ class Family:
         place: numbers ``[tiles, patches, d]`` of an image's patches as numbers ``[tokens, d]`` of its tokens.
         tile_cells: ``[tokens, 2]`` row and column on the grid for tokens of tiles as well; None = only the grid's own have any.
         whole_patches: whether every token is one patch of the tower, so that patches can be merged inside it.
+        projects: whether a token is what the projector makes of one feature, so that features can be merged before it.
         counted_positions: its text model counts positions in the 2-D padding mask, so no other mask can stand in its place.
     """
 
@@ -139,6 +141,7 @@ class Family:
     place: Callable[[Any, Tensor, Size | None], Tensor] = _as_they_are
     tile_cells: Callable[[Any, ImageSpan], Tensor] | None = None
     whole_patches: bool = False
+    projects: bool = False
     counted_positions: bool = False
 
 
@@ -215,7 +218,12 @@ def _anyres_cells(config: Any, image: ImageSpan) -> Tensor:
 # Model type -> facts. Adding a family is one row.
 FAMILIES: dict[str, Family] = {
     "llava": Family(
-        grid=_llava, tokens_per_image=_clip_tokens, reducible=True, cls=_clip_attention, whole_patches=True
+        grid=_llava,
+        tokens_per_image=_clip_tokens,
+        reducible=True,
+        cls=_clip_attention,
+        whole_patches=True,
+        projects=True,
     ),
     "llava_next": Family(
         grid=_overview_first,
@@ -225,13 +233,16 @@ FAMILIES: dict[str, Family] = {
         place=_anyres,
         tile_cells=_anyres_cells,
         whole_patches=True,
+        projects=True,
     ),
     "qwen2_vl": Family(grid=_thw, frames=_thw_frames, reducible=True),
     "qwen2_5_vl": Family(grid=_thw, frames=_thw_frames, reducible=True),
     "qwen3_vl": Family(grid=_thw, frames=_thw_frames, reducible=True),
     "qwen3_vl_moe": Family(grid=_thw, frames=_thw_frames, reducible=True),
     "llava_onevision": Family(frames=_pooled_frames),
-    "internvl": Family(grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled),
+    "internvl": Family(
+        grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled, projects=True
+    ),
     "gemma3": Family(grid=_square, reducible=True),
     "paligemma": Family(
         grid=_square, tokens_per_image=_clip_tokens, prefix_lm=True, reducible=True, whole_patches=True
@@ -326,13 +337,13 @@ def check_reducible(config: Any, reducer: Any) -> None:
         )
 
 
-def cls_attention_module(model: Any, config: Any, layer: int, method: str) -> Any:
+def cls_attention_module(model: Any, config: Any, layer: int | Wide, method: str) -> Any:
     """An attention module of the vision tower.
 
     Args:
         model: the model.
         config: its config.
-        layer: -1 = the layer whose output is projected; else a layer of 24, taken at the same depth.
+        layer: -1 = the layer whose output is projected; else a layer of 24, taken at the same depth; or ``Wide`` of one.
         method: who asks, for the message.
 
     Raises:
@@ -347,10 +358,25 @@ def cls_attention_module(model: Any, config: Any, layer: int, method: str) -> An
             f"{method} ranks tokens by the attention of the vision tower's CLS token, which model type "
             f"{config.model_type!r} lacks or does not hand on patch by patch. Known: {known}, with a tower that has one"
         )
+    layer = layer.layer if isinstance(layer, Wide) else layer
     if layer >= 0:
         return modules[layer * len(modules) // 24]
     # hidden_states[0] is the embedding, so -1 is the last layer's output and 1 the first's
     return modules[projected if projected < 0 else projected - 1]
+
+
+def projector(model: Any, config: Any) -> tuple[Any, Any | None] | None:
+    """The module that makes an image's tokens of the vision tower's features, and the tower's layer these come from (None where
+    none has a CLS token to hand on); None where a token is not made of one feature, or features of several layers."""
+    if not family_of(config).projects or not isinstance(getattr(config, "vision_feature_layer", None), int):
+        return None
+    found = next((m for name, m in model.named_modules() if name.split(".")[-1] == "multi_modal_projector"), None)
+    if found is None:
+        return None
+    attention = _clip_attention(model) if family_of(config).whole_patches else []
+    number = config.vision_feature_layer
+    last = attention[number if number < 0 else number - 1] if attention else None
+    return found, next((m for m in model.modules() if last is not None and getattr(m, "self_attn", None) is last), None)
 
 
 def merging_tower(model: Any, config: Any, method: str) -> tuple[Any, list[Any], bool]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -643,6 +644,34 @@ def _slice_4d(
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         part = nn.functional.pad(part, (0, lacking), value=hidden)
     return part
+
+
+def check_rotary(text_model: Any, method: str) -> None:
+    """Refuse to renumber positions where they are not one number per token, or go into the model otherwise.
+
+    Raises:
+        NotImplementedError: names the method and the kind of model.
+    """
+    config = text_model.config
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not isinstance(getattr(text_model, "rotary_emb", None), nn.Module) or "mrope_section" in given:
+        why = (
+            "has positions of three numbers"
+            if "mrope_section" in given
+            else "has no rotary positions that can be made anew"
+        )
+        raise NotImplementedError(
+            f'{method}: positions="packed" numbers what is left anew, but the text model of type {config.model_type!r} {why}: '
+            'leave positions="original"'
+        )
+
+
+def rotary_kinds(text_model: Any) -> list[str] | None:
+    """Per decoder layer the kind of rotation it has, where there are several."""
+    rotary = getattr(text_model, "rotary_emb", None)
+    if rotary is None or "layer_type" not in inspect.signature(rotary.forward).parameters:
+        return None
+    return list(text_model.config.layer_types)
 
 
 # Arguments of decoder layers that hold one entry per row, and the dimension they do it in (the batch is the one before).

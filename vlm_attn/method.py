@@ -41,6 +41,13 @@ class ModelFacts:
     kv_heads: int = 0
 
 
+@dataclass(frozen=True)
+class Wide:
+    """A layer of the vision tower, its attention by one softmax over the full width of queries and keys, as one head."""
+
+    layer: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of all methods. Parameters are the dataclass fields; a field that is None is filled from a preset.
@@ -52,7 +59,8 @@ class Method:
             token); ``"text"`` edits every text row after the first image as well; ``"none"`` edits none.
         read_hidden: whether :meth:`read_tokens` is called with every layer's input.
         cls_layers: layers of the vision tower whose CLS attention it wants: ``PROJECTED``, the one whose output goes on to the
-            language model, or one of a 24-layer tower (taken at the same depth of another).
+            language model, or one of a 24-layer tower (taken at the same depth of another); ``Wide`` of one reads all heads
+            as one.
         needs_image: whether it leaves a prompt without an image alone; else it acts there, too.
         token_by_token: whether it needs a model that writes one token after the other, and not all of a canvas.
         loads: parameters that name a file or a model to load. Where strangers choose parameters, as in the demo, these are
@@ -63,7 +71,7 @@ class Method:
     paper: ClassVar[str] = ""
     edited_rows: ClassVar[Literal["last", "text", "none"]] = "last"
     read_hidden: ClassVar[bool] = False
-    cls_layers: ClassVar[tuple[int, ...]] = ()
+    cls_layers: ClassVar[tuple[int | Wide, ...]] = ()
     needs_image: ClassVar[bool] = True
     token_by_token: ClassVar[bool] = False
     loads: ClassVar[tuple[str, ...]] = ()
@@ -261,6 +269,7 @@ __all__ = [
     "Method",
     "ModelFacts",
     "ScoreEdit",
+    "Wide",
     "at_depth",
     "check_choice",
     "check_flag",

@@ -22,6 +22,7 @@ from vlm_attn.families import (
     family_of,
     image_token_ids,
     merging_tower,
+    projector,
     video_token_ids,
 )
 from vlm_attn.heads import HeadMethod, check_alone
@@ -30,7 +31,7 @@ from vlm_attn.marks import Marks
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.reduction import KeptImage, Reducer
 from vlm_attn.sharding import check_sharding, heads_of
-from vlm_attn.tower import Merger, VisionHook
+from vlm_attn.tower import FeatureHook, Merger, VisionHook
 
 Model = TypeVar("Model", bound=nn.Module)
 MethodLike = str | Method | Sequence["str | Method"]
@@ -138,6 +139,10 @@ def patch(
             f"{merging[0]} merges the patches that {readers} ranks by the tower's CLS token: choose one of them"
         )
     tower = merging_tower(model, top, merging[0]) if merging else None
+    projected = projector(model, top) if any(m.reads_features for m in reducers) else None
+    renumbering = next((m.name for m in reducers if m.positions == "packed" and not m.neutral), None)
+    if renumbering is not None:
+        host.check_rotary(text_model, renumbering)
     if not (query_span is None or callable(query_span) or (is_span(query_span) and 0 <= query_span[0] < query_span[1])):
         raise ValueError(
             f"query_span={query_span!r}: give half-open columns (start, stop) with 0 <= start < stop, or a callable"
@@ -179,6 +184,11 @@ def patch(
         engine.handles.append(module.register_forward_pre_hook(VisionHook(engine, layer), with_kwargs=True))
     if tower is not None:
         engine.handles += Merger(engine, *tower).handles
+    if renumbering is not None:
+        engine.rotary_kinds = host.rotary_kinds(text_model)
+    if projected is not None:
+        engine.projector = projected[0]
+        engine.handles += FeatureHook(engine, *projected).handles
     setattr(model, TAG, engine)
     hooks = {handle.id for handle in engine.handles}
     engine.marks = Marks(model, [text_model, *tagged], (TAG, "config"), hooks)

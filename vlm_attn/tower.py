@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vlm_attn.families import family_of
 from vlm_attn.layout import ImageSpan
-from vlm_attn.reduction import MERGED, Reducer, kept_count
+from vlm_attn.method import Wide
+from vlm_attn.reduction import FEATURES, MERGED, Reducer, kept_count
 
 if TYPE_CHECKING:
     from vlm_attn.engine import Engine
@@ -27,7 +28,7 @@ class VisionHook:
     """Pre-forward hook of one attention module of the vision tower: what the CLS token looks at, and the keys."""
 
     engine: Engine
-    layer: int
+    layer: int | Wide
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep one attention row and the keys of every image."""
@@ -35,7 +36,31 @@ class VisionHook:
         if call is None or call.done:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        call.seen.setdefault(self.layer, []).append(cls_attention(module, hidden))
+        call.seen.setdefault(self.layer, []).append(cls_attention(module, hidden, wide=isinstance(self.layer, Wide)))
+
+
+class FeatureHook:
+    """Hooks of the projector, and of the tower's layer it gets its features from: these features, and the CLS token's."""
+
+    def __init__(self, engine: Engine, projector: nn.Module, layer: nn.Module | None) -> None:
+        self.engine = engine
+        self.cls: Tensor | None = None  # [N, 1, d] of the tower's latest run
+        self.handles = [projector.register_forward_pre_hook(self.read, with_kwargs=True)]
+        if layer is not None:
+            self.handles.append(layer.register_forward_hook(self.read_cls))
+
+    def read_cls(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Behind the layer whose output is projected."""
+        self.cls = (output[0] if isinstance(output, tuple) else output)[:, :1]
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the projector."""
+        call, cls, self.cls = self.engine.call, self.cls, None
+        if call is None or call.done:
+            return
+        features = args[0] if args else next(iter(kwargs.values()))
+        cls = features.new_zeros(len(features), 0, features.shape[2]) if cls is None else cls
+        call.seen.setdefault(FEATURES, []).append((cls, features))
 
 
 def on_tokens(config: Any, image: ImageSpan, cls: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,20 +79,32 @@ def on_tokens(config: Any, image: ImageSpan, cls: Tensor, keys: Tensor) -> tuple
     return one, other
 
 
-def cls_attention(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def features_on_tokens(config: Any, image: ImageSpan, features: Tensor) -> Tensor:
+    """What the projector was given of an image, ``[tiles, T, d]``, for its tokens: ``[n, d]``; zeros for a newline."""
+    if features.shape[0] * features.shape[1] == image.stop - image.start:
+        return features.flatten(0, 1)
+    return family_of(config).place(config, features, image.size)
+
+
+def cls_attention(module: Any, hidden: Tensor, *, wide: bool = False) -> tuple[Tensor, Tensor]:
     """What the CLS token of an attention module of CLIP's shape looks at.
 
     Args:
         module: with ``q_proj``, ``k_proj``, ``num_heads``, ``head_dim`` and ``scale``, and norms of both where it has them.
         hidden: ``[N, 1 + T, D]`` its input, CLS first.
+        wide: one softmax over the full width, as if there were one head.
 
     Returns:
-        ``[N, T]`` attention of CLS to the patches, mean of the heads, and ``[N, T, d]`` keys, mean of the heads.
+        ``[N, T]`` attention of CLS to the patches, mean of the heads, and ``[N, T, d]`` keys, mean of the heads (``wide``:
+        ``[N, T, D]``, all of them).
     """
     split = (len(hidden), -1, module.num_heads, module.head_dim)
     query, key = module.q_proj(hidden[:, :1]), module.k_proj(hidden)
     if hasattr(module, "q_norm"):
         query, key = module.q_norm(query), module.k_norm(key)
+    if wide:
+        logits = (query.float() @ key.float().transpose(1, 2)) * key.shape[2] ** -0.5
+        return torch.softmax(logits, -1)[:, 0, 1:], key[:, 1:].float()
     query, key = query.view(split).transpose(1, 2), key.view(split).transpose(1, 2)
     attention = torch.softmax((query @ key.transpose(2, 3)).float() * module.scale, -1)
     return attention[:, :, 0, 1:].mean(1), key[:, :, 1:].float().mean(1)

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.helpers import ACTIVE, Inputs, close, differ, generate, logits, same
 from tests.processors import encode, processor, user
 from tests.visual_token_ops.test_methods import picture
-from vlm_attn.clip import load, natural, similarity
+from vlm_attn.clip import load, natural, similarity, without_form
 from vlm_attn.hallucination import Gift
 from vlm_attn.reduction import highest
 from vlm_attn.visual_token_ops import CDPruner, Trim
@@ -75,38 +75,40 @@ class TestByHand:
         p.tokens = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0.01]])  # 3 says what 1 says
         assert CDPruner().choose(p).tolist() == [1, 2]
 
-    def test_trim(self) -> None:
-        similar = torch.tensor([0.1, 0.9, 0.3, 0.2])
-        p = picture(n=4, count=2, tokens=torch.eye(4), memory={"similarity": similar})
-        assert Trim().choose(p).tolist() == [1, 2]
-        close(Trim().merge(p, Trim().choose(p)), torch.tensor([[0.0, 1, 0, 0], [1 / 3, 0, 1 / 3, 1 / 3]]))  # type: ignore[arg-type]
-        assert Trim(summary=False).merge(p, Trim().choose(p)) is None
-
     def test_after_another_reducer(self) -> None:
         """The similarity is found by the token's place, not by its rank among those that are left."""
         similar = torch.arange(9.0)
         p = picture(n=4, count=2, places=torch.tensor([0, 8, 2, 5]), total=9, memory={"similarity": similar})
-        assert Trim().choose(p).tolist() == [1, 3]
+        assert Trim(summary=False).choose(p).tolist() == [0, 2]
 
 
 class TestSimilarity:
     def test_is_open_clips_own(self, clip: str) -> None:
-        """The CLS-free half of the tower's own forward: every patch through the norm and the projection of the pooled token."""
+        """The tower's own forward, stopped before its last block: every patch through the norm and the projection of the pooled
+        token. The question is one text, not several sentences."""
         model, tokenizer = load(clip)
         pixels = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(0))
         seen: list[Tensor] = []
-        handle = model.visual.transformer.register_forward_hook(lambda m, args, out: seen.append(out))
+        blocks = model.visual.transformer.resblocks
+        handle = blocks[-1].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
         mean, std = (torch.tensor(v)[:, None, None] for v in (model.visual.image_mean, model.visual.image_std))
         with torch.no_grad():
-            pooled = model.encode_image(((pixels - mean) / std)[None])
+            model.encode_image(((pixels - mean) / std)[None])
             handle.remove()
             features = model.visual.ln_post(seen[0]) @ model.visual.proj
-            close(features[:, 0], pooled)
-            text = [model.encode_text(tokenizer([t]))[0] for t in ("Is it a dog?", "Yes.")]
-        cosine = [nn.functional.cosine_similarity(features[0, 1:], t, dim=-1) for t in text]
-        close(similarity(clip, pixels, "Is it a dog? Yes.", (3, 3)), torch.stack(cosine).mean(0))
-        close(similarity(clip, pixels, "Is it a dog?", (3, 3)), cosine[0])
-        differ(cosine[0], cosine[1])
+            text = model.encode_text(tokenizer(["Is it a dog? Yes."]))[0]
+        wanted = nn.functional.cosine_similarity(features[0, 1:], text, dim=-1)
+        close(similarity(clip, pixels, "Is it a dog? Yes.", (3, 3)), wanted)
+        close(similarity(clip, pixels, "Is it a dog? Yes.", (3, 3), cosine=False), features[0, 1:] @ text)
+        differ(wanted, similarity(clip, pixels, "Is it a dog?", (3, 3)))
+
+    def test_a_note_on_the_form_is_not_shown(self) -> None:
+        note = "Answer the question using a single word or phrase."
+        assert without_form(f"What is it?\n{note}") == "What is it?"
+        unsure = "When the provided information is insufficient, respond with 'Unanswerable'."
+        assert without_form(f"What is it?\n{unsure}\n{note}") == "What is it?"
+        assert without_form(note) == note
+        assert without_form("Is it red?") == "Is it red?"
 
     def test_another_grid_and_size(self, clip: str) -> None:
         pixels = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0))
@@ -135,7 +137,7 @@ class TestOnAModel:
                 kept.append([image.index.tolist() for image in vlm_attn.kept(model)])
         same(*found)
         assert kept[0] == kept[1]
-        assert [len(index) for index in kept[0]] == [4, 4, 4]
+        assert [len(index) for index in kept[0]] == [4 + (cls is Trim)] * 3
         differ(found[0][1], plain[1])
 
     def test_chooses_by_the_similarity(self, cls: Any, clip: str, built: Any) -> None:
@@ -144,11 +146,14 @@ class TestOnAModel:
         with vlm_attn.patched(model, cls(keep=4, clip=clip), processor=own):
             generate(model, x)
             kept = [image.index.tolist() for image in vlm_attn.kept(model)]
-        texts = ["what colour is the dog ?"] + ["how many <unk> ? is it big ?"] * 2
+        texts = ["what colour is the dog ?"] + ["how many ? is it big ?"] * 2
         if cls is Trim:
-            assert kept == [
-                highest(similarity(clip, p, t, (3, 3)), 4).tolist() for p, t in zip(pixels, texts, strict=True)
-            ]
+            for found, p, t in zip(kept, pixels, texts, strict=True):
+                least = highest(-similarity(clip, p, t, (3, 3), cosine=False), 4).tolist()
+                gone = [i for i in range(9) if i not in least]
+                assert found == sorted(
+                    [*least, gone[2]]
+                )  # and the mean of the other five, in the place of the middle one
         questions = ("describe the red cup", "7", "which ? where ? how ?", "it runs quickly , two small dogs")
         chosen = set()
         with vlm_attn.patched(model, cls(keep=4, clip=clip), processor=own):

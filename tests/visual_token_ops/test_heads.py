@@ -83,6 +83,8 @@ class TestHeads:
         assert method.streaming() == [[False, True], [True, False]]
         assert Duo(gates=[[0.5, 0.5], [0.5, 0.5]], sparsity=0.75).streaming() == [[True, True], [True, False]]
         assert sum(map(sum, Duo(gates=[[1.0] * 4] * 5, sparsity=1.0).streaming())) == 20
+        for sparsity, heads in ((0.4, 2), (0.6, 2), (0.9, 4)):  # 1.6, 2.4 and 3.6 of 4: the nearest whole number
+            assert sum(map(sum, Duo(gates=[[0.1, 0.2], [0.3, 0.4]], sparsity=sparsity).streaming())) == heads
 
     def test_razor_keeps_the_best_of_either_score(self) -> None:
         """Four KV heads of two query heads each: a group goes by its largest."""
@@ -328,6 +330,23 @@ class TestFamilies:
 
 
 LONG = [[3, "image", 7], [1, "image", 30, "image", 6]]
+
+
+@pytest.mark.parametrize("beside", ["pai", "gift", "var"])
+def test_edits_follow_what_is_let_go(beside: str) -> None:
+    """While columns go one after the other, an edit keeps meaning the columns it meant: as where they are only hidden."""
+    model, inputs = built("llava")
+    x = inputs(LONG[1:], seed=SEED)
+    shown = {"sparsity": 1.0, "sink": 14, "recent": 40}  # the first image, and for a while the second
+    other = {"gift": {"heads": 1.0}, "var": {"rho": 0.0, "visual_floor": 0.0}}.get(beside, {})
+    found = []
+    for mode in ("drop", "mask"):
+        methods = [METHODS["duo"](mode=mode, **shown), build(beside, **{**ACTIVE[beside], **other})]
+        with vlm_attn.patched(model, methods), torch.no_grad():
+            found.append(generate(model, x, new=45, **TEXT))
+    same(*found)
+    with vlm_attn.patched(model, METHODS["duo"](**shown)):
+        differ(generate(model, x, new=45, **TEXT)[1], found[0][1])
 
 
 @pytest.mark.parametrize("name", ["duo", "razor"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from vlm_attn.visual_token_ops import (
     Downsample,
     FastV,
     HoloV,
+    LayerSkip,
     PruMerge,
     PyramidDrop,
     Random,
@@ -181,42 +183,35 @@ class TestBeforeTheModel:
         same = picture(tokens=torch.ones(16, 8))
         assert len(set(DivPrune().choose(same).tolist())) == 4
 
-    def test_visionzip_by_hand(self) -> None:
-        cls = torch.tensor([0.9, 0.0, 0.1, 0.8, 0.0, 0.0])
-        keys = torch.tensor([[1.0, 0], [1, 0], [1, 0.1], [0, 1], [0, 1], [0.1, 1]])
-        tokens = torch.eye(6)
-        p = picture(n=6, count=4, cls=cls, keys=keys, tokens=tokens)
-        method = VisionZip(contextual=0.5)
-        dominant, targets = method.split(p)
-        assert dominant.tolist() == [0, 3]
-        assert targets.tolist() == [1, 4]  # every second of 1, 2, 4, 5
-        chosen = method.choose(p)
-        assert chosen.tolist() == [0, 1, 3, 4]
-        merged = method.merge(p, chosen)
-        assert merged.tolist() == [
-            [1, 0, 0, 0, 0, 0],
-            [0, 1, 1, 0, 0, 0],  # takes in 2
-            [0, 0, 0, 1, 0, 0],
-            [0, 0, 0, 0, 1, 1],  # takes in 5
-        ]
-
     def test_visionzip_default_is_54_and_10(self) -> None:
         p = picture(n=576, count=kept_count(VisionZip().keep, 576))
-        dominant, targets = VisionZip().split(p)
-        assert (len(dominant), len(targets)) == (54, 10)
-        assert VisionZip(contextual=0.0).choose(p).tolist() == highest(p.cls, 64).tolist()  # type: ignore[arg-type]
+        dominant, targets, seat = VisionZip().split(p)
+        assert (len(dominant), len(targets), len(seat)) == (53, 10, 0)  # the CLS token is the 54th
+        p.cls_feature = torch.zeros(8)
+        assert len(VisionZip().choose(p)) == 64
+        dominant, targets, seat = VisionZip(cls_token=False).split(p)
+        assert (len(dominant), len(targets), len(seat)) == (54, 10, 0)
+        every = VisionZip(contextual=0.0, cls_token=False)
+        assert every.choose(p).tolist() == highest(p.cls, 64).tolist()  # type: ignore[arg-type]
 
-    def test_prumerge_by_hand(self) -> None:
-        cls = torch.tensor([0.5, 0.25, 0.4, 0.1])
-        keys = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0, 1]])
-        p = picture(n=4, count=2, cls=cls, keys=keys, tokens=torch.eye(4))
-        chosen = PruMerge().choose(p)
-        assert chosen.tolist() == [0, 2]
-        close(PruMerge().merge(p, chosen), torch.tensor([[2 / 3, 1 / 3, 0, 0], [0, 0, 0.8, 0.2]]))
+    @pytest.mark.parametrize("count", [1, 2, 15, 16])
+    def test_visionzip_of_few_and_of_nearly_all(self, count: int) -> None:
+        p = picture(count=count, cls_feature=torch.zeros(8))
+        chosen = VisionZip().choose(p)
+        assert len(set(chosen.tolist())) == len(chosen) == count
+        merged = VisionZip().merge(p, chosen)
+        assert merged.shape == (count, 8)
+        if count == 16:
+            assert torch.equal(merged, p.tokens)
 
     def test_holov_quota(self) -> None:
         assert quota(torch.tensor([3.0, 1.0]), [10, 10], 8) == [6, 2]
         assert quota(torch.tensor([3.0, 1.0]), [4, 10], 8) == [4, 4]  # what does not fit goes on
+        assert quota(torch.tensor([5.0, 3.0, 2.0]), [9, 9, 9], 9) == [
+            5,
+            3,
+            1,
+        ]  # 4.5, 2.7, 1.8: the largest, not the remainders
         assert quota(torch.tensor([1.0, 1.0, 1.0]), [9, 9, 9], 2) == [1, 1, 0]
         assert quota(torch.tensor([0.0, 0.0]), [3, 3], 6) == [3, 3]
         assert sum(quota(torch.rand(16), [36] * 16, 64)) == 64
@@ -288,6 +283,71 @@ class TestBeforeTheModel:
         other.remove()
         close(seen[0][0], maps[0][:, :, 0, 1:].mean(1))
         assert seen[0][1].shape == (1, 9, 8)
+
+
+@pytest.fixture(scope="module")
+def before_last() -> tuple[Any, Inputs, Any]:
+    """A LLaVA that projects the layer before last, its inputs, and what its tower says of the picture."""
+    from transformers import LlavaForConditionalGeneration
+
+    small, inputs = tiny.llava()
+    config = copy.deepcopy(small.config)
+    config.vision_feature_layer = -2
+    torch.manual_seed(3)
+    model = tiny.finish(LlavaForConditionalGeneration(config))
+    x = inputs([[3, "image", 7]], seed=1)
+    with torch.no_grad():
+        return model, x, model.model.vision_tower(x["pixel_values"], output_hidden_states=True).hidden_states
+
+
+class TestBeforeTheProjector:
+    """What is merged on a model, beside the tower's own states: it is the features that go into the projector."""
+
+    def seen(self, model: Any, x: Inputs, method: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Picture, Tensor]:
+        import vlm_attn
+
+        pictures: list[tuple[Picture, Tensor]] = []
+        merge = type(method).merge
+
+        def looked(self: Any, p: Picture, chosen: Tensor) -> Tensor:
+            pictures.append((p, merge(self, p, chosen)[self.order(p, chosen)]))
+            return merge(self, p, chosen)
+
+        monkeypatch.setattr(type(method), "merge", looked)
+        with vlm_attn.patched(model, method), torch.no_grad():
+            model(**x)
+        return pictures[0]
+
+    def test_visionzip(self, before_last: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, x, states = before_last
+        p, merged = self.seen(model, x, VisionZip(keep=5, contextual=0.4), monkeypatch)
+        close(p.features, states[-2][0, 1:])
+        close(p.cls_feature, states[-2][0, 0])
+        with torch.no_grad():
+            close(merged[0], model.model.multi_modal_projector(states[-2][:, 0])[0])
+            plain = model.model.multi_modal_projector(states[-2])[0, 1:]
+        close(p.tokens, plain)
+        dominant, targets, _ = VisionZip(keep=5, contextual=0.4).split(p)
+        close(merged[1:3], plain[dominant])
+        differ(merged[3:], plain[targets])
+
+    @pytest.mark.parametrize("last_layer", [False, True])
+    def test_prumerge(self, before_last: Any, last_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By default the attention of the layer that the features come from, with ``last_layer`` of the one behind it."""
+        model, x, states = before_last
+        p, merged = self.seen(model, x, PruMerge(keep=3, neighbours=2, last_layer=last_layer), monkeypatch)
+        layer = model.model.vision_tower.encoder.layers[1 if last_layer else 0]
+        with torch.no_grad():
+            hidden = layer.layer_norm1(states[1 if last_layer else 0])
+            query, key = layer.self_attn.q_proj(hidden), layer.self_attn.k_proj(hidden)
+            attention = (query @ key.transpose(1, 2) / 32**0.5).softmax(-1)[0, 0, 1:]
+            close(p.cls, attention)
+            close(p.keys, key[0, 1:])
+            kept = attention.argsort(descending=True)[:3]
+            gone = [i for i in range(9) if i not in kept.tolist()]
+            features = states[-2][0, 1:]
+            more = (attention[gone, None] * features[gone]).sum(0)
+            close(merged[-1], model.model.multi_modal_projector(more[None])[0])
 
 
 class TestTiles:
@@ -369,9 +429,7 @@ class TestTiles:
 
 
 class TestInside:
-    def test_fastv_is_the_mean_over_heads(self) -> None:
-        p = picture()
-        assert FastV().choose(p).tolist() == highest(p.rows.mean((0, 1)), 4).tolist()  # type: ignore[union-attr]
+    def test_layers(self) -> None:
         assert (FastV().stages, FastV().read_layers) == ((3,), (2,))
         vtw = VTW().bind(FACTS)
         assert isinstance(vtw, VTW)
@@ -406,24 +464,12 @@ class TestInside:
         assert chosen.tolist() == [0, 1, 2, 7]
         close(method.merge(p, chosen), torch.tensor([[0.0, 0], [0, 0], [10, 0], [-10, 0]]))
         assert method.merge(p, chosen) is None  # nothing is left over for the next stage
-        for changes in ({"recycle": 0.0}, {"recycle": 0.5}, {"clusters": 0.5}):
-            p.memory = {"raters": torch.tensor([0])}
-            other = SparseVLM(**{"recycle": 1.0, "clusters": 0.1, **changes})
-            again = other.choose(p)
-            merged = other.merge(p, again)
-            assert merged is None or len(again) != 4 or not torch.equal(merged, method_result(method, p))
+        assert method.owners(p, chosen).tolist() == [0, 1, *[2] * 5, *[7] * 5]
 
     def test_density_peaks_of_one(self) -> None:
-        centre, goes = density_peaks(torch.randn(3, 4), 1)
+        centre, goes = density_peaks(torch.randn(3, 4), 1, 1)
         assert len(centre) == 1
         assert goes.tolist() == [0, 0, 0]
-
-
-def method_result(method: SparseVLM, p: Picture) -> Tensor:
-    p.memory = {"raters": torch.tensor([0])}
-    merged = method.merge(p, method.choose(p))
-    assert merged is not None
-    return merged
 
 
 class TestWrongInput:
@@ -435,6 +481,11 @@ class TestWrongInput:
             (SparseVLM, {"layers": (2, 2)}, "ascending"),
             (SparseVLM, {"recycle": 1.5}, "recycle=1.5"),
             (SparseVLM, {"clusters": -0.1}, "clusters=-0.1"),
+            (SparseVLM, {"version": 3}, "neither 1 nor 2"),
+            (PyramidDrop, {"counts": (3, 4)}, "none above"),
+            (PruMerge, {"neighbours": -1}, "neighbours=-1"),
+            (FastV, {"positions": "new"}, '"packed"'),
+            (LayerSkip, {"keep": 0.0, "positions": "packed"}, "still to come back"),
             (VisionZip, {"contextual": 1.0}, "contextual=1"),
             (VisionZip, {"contextual": -0.1}, "contextual=-0.1"),
             (HoloV, {"chunks": 0}, "chunks=0"),
