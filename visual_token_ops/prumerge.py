@@ -21,7 +21,7 @@ class PruMerge(Reducer):
     Equation:
         kept: largest a_j                                         a = softmax(q_cls K^T / sqrt(D)), all heads as one
         f'_c = f_c + sum of a_j f_j over the 32 j with the largest cos(k_c, k_j)
-        f'_+ = sum of a_j f_j over all that go                    one token more
+        f'_m = sum of a_j f_j over all that go                    m: one token more
         x = projector(f')                                         f: the features that the projector gets
 
     Attributes:

@@ -20,7 +20,7 @@ class Trim(ClipReducer):
 
     Equation:
         kept: largest softmax_j(-p_j . t)                         p: CLIP's projected patch, t: its text embedding
-        x_+ = projector(mean of the f_j that go)                  one token more; f: what the projector gets
+        x_m = projector(mean of the f_j that go)                  m: one token more; f: what the projector gets
 
     Attributes:
         keep: how many are kept, beside the one token more; default 0.21, about the paper's mean. ``"adaptive"`` is the paper's
