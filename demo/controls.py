@@ -1,4 +1,4 @@
-"""What a page can offer for a method: its parameters with type, default, range and help, read from the dataclass."""
+"""What a page can offer for a method: its kind, and its parameters with type, default, range and help, read from the class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from vlm_attn import presets, registry
 from vlm_attn.branch import Decoding
+from vlm_attn.heads import HeadMethod
 from vlm_attn.method import Method
+from vlm_attn.reduction import Reducer
 
 Kind = Literal["number", "whole", "switch", "choice", "text"]
 _RANGE = re.compile(r"Range ([(\[]?)(-?\d+(?:\.\d+)?)(?:\.\.|, )(-?\d+(?:\.\d+)?)(\)?)")
@@ -60,6 +62,27 @@ class Control:
             return ""
         return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
+    @property
+    def text(self) -> str:
+        """``help`` for a reader who knows neither Python nor markup, with the range in words."""
+        limits = _RANGE.search(self.help)
+        if limits is None:
+            return plain(self.help)
+        end = limits.end() + self.help[limits.end() :].startswith("]")
+        return plain(self.help[: limits.start()] + _in_words(limits) + self.help[end:])
+
+    @property
+    def limits(self) -> str:
+        """What it takes, in a few words."""
+        limits = _RANGE.search(self.help)
+        if self.kind == "choice":
+            return " or ".join(self.choices)
+        if limits is None:
+            return {"number": "a number", "whole": "a whole number", "switch": "on or off"}.get(
+                self.kind, "see its text"
+            )
+        return _in_words(limits).lower()
+
     def param(self, value: Any) -> str | None:
         """A chosen value as ``--param`` takes it, ``gift.alpha=4``; None where it is the default or nothing."""
         if value is None or value == "" or value == self.shown(self.default):
@@ -69,6 +92,45 @@ class Control:
         if self.kind == "switch":
             value = str(bool(value)).lower()
         return f"{self.key}={value}"
+
+
+def _in_words(limits: re.Match[str]) -> str:
+    """A range as :data:`_RANGE` finds it, in words."""
+    low, high = limits[2], limits[3]
+    if limits[1] == "(":
+        return f"More than {low}, at most {high}"
+    return f"From {low} to {'less than ' if limits[1] and limits[4] else ''}{high}"
+
+
+def plain(text: str) -> str:
+    """A docstring's sentence without its markup."""
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", text)
+    text = re.sub(r"`+([^`]*)`+", r"\1", text)
+    text = re.sub(r"(?<!\w)\*(\w[^*]*)\*", r"\1", text)
+    text = re.sub(r"(\d)\.\.(\d)", r"\1 to \2", text)
+    return text.replace("+-", "±")
+
+
+#: Kinds of methods, in the order of the page.
+KINDS = (
+    "Attention is edited",
+    "The next token is chosen otherwise",
+    "Who sees whom in the prompt",
+    "Fewer visual tokens",
+    "Fewer visual tokens while denoising",
+    "Fewer keys per head",
+)
+
+
+def kind(cls: type[Method]) -> str:
+    """Which of `KINDS` a method is."""
+    if issubclass(cls, Decoding):
+        return KINDS[1]
+    if issubclass(cls, Reducer):
+        return KINDS[4 if getattr(cls, "timed", False) else 3]
+    if issubclass(cls, HeadMethod):
+        return KINDS[5]
+    return KINDS[2 if hasattr(cls, "visible") else 0]
 
 
 def parameter_help(cls: type) -> dict[str, str]:
@@ -102,15 +164,18 @@ def kept_back(cls: type[Method]) -> list[str]:
     ]
 
 
-def controls(cls: type[Method], config: Any = None, given: Mapping[str, Any] | None = None) -> list[Control]:
+def controls(
+    cls: type[Method], config: Any = None, given: Mapping[str, Any] | None = None, preset: str | None = None
+) -> list[Control]:
     """The parameters of a method that a visitor may choose, in the order of its fields.
 
     Args:
         cls: the method's class.
         config: the model's config; the preset that fits it gives defaults.
         given: defaults of whoever starts the demo.
+        preset: the name or file of another preset, which has this method's constants.
     """
-    constants = dict(presets.constants(cls.name, config, None)) if config is not None else {}
+    constants = dict(presets.constants(cls.name, config, preset)) if config is not None else {}
     constants |= given or {}
     hints, texts = typing.get_type_hints(cls), parameter_help(cls)
     found = []
@@ -138,8 +203,8 @@ def controls(cls: type[Method], config: Any = None, given: Mapping[str, Any] | N
     return found
 
 
-#: Methods that no caption can be streamed with.
-ELSEWHERE = {"mvp": "answers closed questions only", "opera": "writes nothing before its search has ended"}
+#: Methods that answer yes/no questions only, with the reason.
+CLOSED = {"mvp": "mvp weighs the answers to a closed question, so it cannot describe: ask it on the tab Yes or no."}
 
 
 def needs_model(cls: type[Method], given: Mapping[str, Any]) -> list[str]:
@@ -148,26 +213,31 @@ def needs_model(cls: type[Method], given: Mapping[str, Any]) -> list[str]:
     return [name for name in cls.loads if name not in given and defaults[name]]
 
 
-def all_controls(config: Any = None, given: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, list[Control]]:
-    """The parameters, by name, of the methods that the demo has for a model.
+def all_controls(
+    config: Any = None, given: Mapping[str, Mapping[str, Any]] | None = None, preset: str | None = None
+) -> dict[str, list[Control]]:
+    """The parameters of the methods that the demo has for a model, by name, sorted by kind and name.
 
-    Not among them: methods for denoising steps where there are none, those that contrast next tokens where there are such
-    steps, those of `ELSEWHERE`, and those that load another model unless it is given.
+    Not among them: methods for denoising steps where there are none, those that choose the next token where there are such
+    steps, and those that load another model unless it is given.
 
     Args:
-        config: the model's config.
+        config: the model's config; the preset that fits it gives defaults.
         given: method -> parameters that whoever starts the demo has set.
+        preset: the name or file of a preset; methods it has nothing for keep the defaults of the one that fits.
     """
     given = given or {}
     denoises = getattr(config, "mask_token_id", None) is not None
     known = {
         name: info.cls
-        for name, info in registry.methods().items()
+        for name, info in sorted(registry.methods().items(), key=lambda item: (KINDS.index(kind(item[1].cls)), item[0]))
         if not (issubclass(info.cls, Decoding) if denoises else getattr(info.cls, "timed", False))
-        and name not in ELSEWHERE
         and not needs_model(info.cls, given.get(name, {}))
     }
-    return {name: controls(cls, config, given.get(name)) for name, cls in known.items()}
+    has = presets.load(preset)["methods"] if preset is not None else {}
+    return {
+        name: controls(cls, config, given.get(name), preset if name in has else None) for name, cls in known.items()
+    }
 
 
 def params(known: Mapping[str, Sequence[Control]], methods: Sequence[str], values: Mapping[str, Any]) -> list[str]:

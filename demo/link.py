@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlencode
@@ -49,6 +50,54 @@ def to_query(state: State, start: State = START) -> str:
         if getattr(state, name) != getattr(start, name):
             pairs.append((name, getattr(state, name)))
     return urlencode(pairs)
+
+
+def to_command(state: State, model: str, preset: str | None = None) -> str:
+    """The shell command that makes the same captions; an image of one's own is ``YOUR_IMAGE``.
+
+    Args:
+        state: the state of the page.
+        model: its ``--model``.
+        preset: its ``--preset``.
+    """
+    words = [
+        "vlm-attn",
+        "caption",
+        "YOUR_IMAGE" if state.scene is None else f"scenes:validation/{state.scene}",
+        "--model",
+        model,
+    ]
+    words += [word for method in state.methods for word in ("--method", method)]
+    words += [word for param in state.params for word in ("--param", param)]
+    words += ["--preset", preset] if preset else []
+    words += ["--prompt", state.prompt] if state.prompt != State.prompt else []
+    length = ["--gen-length", str(state.tokens), "--steps", str(state.steps)] if state.steps else None
+    return shlex.join(words + (length or ["--max-new-tokens", str(state.tokens)]))
+
+
+def to_python(state: State, model: str, preset: str | None = None) -> str:
+    """The Python that makes the same captions; see :func:`to_command`."""
+    if state.scene is None:
+        importing, image = "from vlm_attn.evals import coco, prompts", 'coco.open_image("YOUR_IMAGE")'
+    else:
+        importing = "from vlm_attn.evals import prompts, scenes"
+        image = f'scenes.render(scenes.scene("validation", {state.scene}))'
+    denoise = (
+        f', prompts.denoising(model, {{"gen_length": {state.tokens}, "steps": {state.steps}}})' if state.steps else ""
+    )
+    given = "".join(f", {text!r}" for text in (preset,) if text)
+    return f"""{importing}
+from vlm_attn.evals.models import load_model
+from vlm_attn.evals.specs import parse_specs
+
+model, processor = load_model({model!r})
+image = {image}
+prompt = {state.prompt!r}
+for run in parse_specs({list(state.methods)!r}, {list(state.params)!r}{given}):
+    with run.applied(model, processor):  # patched here, put back after
+        (answer,), _ = prompts.generate(model, processor, [image], [prompt], {state.tokens}{denoise})
+    print(f"{{run.label}}: {{answer}}")
+"""
 
 
 def from_query(

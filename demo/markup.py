@@ -1,72 +1,200 @@
-"""Captions and answers as HTML. Everything that came from a model or a visitor is escaped."""
+"""Captions, answers and the list of methods as HTML. Everything that came from a model or a visitor is escaped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from vlm_attn import registry
+from vlm_attn.demo.controls import CLOSED, KINDS, kind, plain
 from vlm_attn.demo.studio import Answer, Result, Run
+from vlm_attn.evals.differences import Change, changes
 
 #: Follows the page's light and dark colours; columns become rows where the screen is narrow.
 CSS = """
+:root { --word: #c2410c; --tab: #9a3412; --wrong: #b91c1c; --added: #15803d; --changed: #92400e; }
+.dark { --word: #c2410c; --tab: #fb923c; --wrong: #fca5a5; --added: #86efac; --changed: #fcd34d; }
+footer { display: none !important; }
 .runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: 0.75rem; }
 .run { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 0.75rem 1rem;
        background: var(--background-fill-secondary); color: var(--body-text-color); }
 .run h3 { margin: 0 0 0.4rem; font-size: 1rem; }
 .run p { margin: 0.3rem 0; line-height: 1.9; overflow-wrap: anywhere; }
-.run .facts { opacity: 0.75; font-size: 0.85rem; line-height: 1.4; }
-.run .error { color: var(--error-text-color, #b91c1c); }
+.run .facts { color: var(--body-text-color-subdued); font-size: 0.875rem; line-height: 1.4; }
+.run .chunk { white-space: nowrap; }
 .run button.word { all: unset; cursor: pointer; border-radius: 4px; padding: 0 0.1em; }
 .run button.word:hover { background: var(--border-color-accent); }
-.run button.word:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 1px; }
-.run button.word[aria-pressed="true"] { background: var(--color-accent); color: white; }
+.run button.word:focus-visible { outline: 3px solid var(--word); outline-offset: 1px; }
+.run button.word[aria-pressed="true"] { background: var(--word); color: white; }
+.run ins { text-decoration: none; border-bottom: 2px solid var(--added); }
+.run ins.changed { border-bottom: 2px dashed var(--changed); }
+.run del { color: var(--body-text-color-subdued); }
 .run .false, .run button.word.false {
-  text-decoration: underline wavy #dc2626 2px; text-underline-offset: 4px; font-weight: 600; }
+  text-decoration: underline wavy var(--wrong) 2px; text-underline-offset: 4px; font-weight: 600; }
 .run .canvas { display: flex; flex-wrap: wrap; gap: 0.25rem; margin: 0.5rem 0 0; padding: 0; list-style: none; }
 .run .canvas li { border-radius: 4px; padding: 0 0.3rem; line-height: 1.7; border: 1px solid var(--border-color-primary);
-  background: color-mix(in srgb, var(--color-accent) calc(var(--early) * 55%), transparent); }
-.run .canvas small { opacity: 0.75; margin-left: 0.25rem; }
+  background: color-mix(in srgb, var(--color-accent) calc(var(--early) * 45%), transparent); }
+.run .canvas small { margin-left: 0.25rem; }
 .run .canvas li.open { color: transparent; background: repeating-linear-gradient(45deg, transparent 0 4px,
   var(--border-color-primary) 4px 6px); }
-.run .step { display: flex; align-items: center; gap: 0.5rem; margin-top: 0.5rem; font-size: 0.85rem; }
-.run .step input { flex: 1; min-width: 4rem; accent-color: var(--color-accent); }
-.note { opacity: 0.75; margin-top: 0.5rem; }
+.run .step { display: flex; align-items: center; gap: 0.5rem; margin-top: 0.5rem; font-size: 0.875rem; }
+.run .step input { flex: 1; min-width: 4rem; accent-color: var(--word); }
+.note { color: var(--body-text-color-subdued); margin-top: 0.5rem; }
+[data-testid="status-tracker"]:has(.error) { display: none !important; } /* the error itself stands in its place */
+.problem { border-style: solid !important; border-width: 1px 1px 1px 6px !important; border-color: var(--wrong) !important;
+  border-radius: 6px; padding: 0.6rem 0.9rem;
+  color: var(--body-text-color); background: var(--background-fill-secondary); overflow-wrap: anywhere; }
+.listing h3 { margin: 0.9rem 0 0.3rem; font-size: 0.95rem; }
+.listing ul { margin: 0; padding: 0; list-style: none; }
+.listing li { display: grid; grid-template-columns: 9rem 1fr; gap: 0.6rem; align-items: baseline; padding: 0.15rem 0; }
+.listing button { all: unset; cursor: pointer; border: 1px solid var(--border-color-primary); border-radius: 6px;
+  padding: 0.05rem 0.5rem; color: var(--body-text-color); }
+.listing button:hover { border-color: var(--word); }
+.listing button:focus-visible { outline: 3px solid var(--word); outline-offset: 1px; }
+.listing button[aria-pressed="true"] { background: var(--word); border-color: var(--word); color: white; }
+#parameters .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); background: none; }
+.listing { columns: 2 24rem; column-gap: 2rem; }
+.listing section { break-inside: avoid; }
+button[role="tab"].selected { color: var(--tab) !important; }
+#results { align-items: flex-start; }
+#view { position: sticky; top: 0.5rem; z-index: 5; background: var(--body-background-fill); }
+#refused:not(:has(.problem)):not(:has(.note)), #wrong-link:not(:has(.problem)),
+#wrong-file:not(:has(.problem)) { display: none; }
+#head h1 { font-size: 1.4rem; margin: 0; }
+#model { margin: 0.2rem 0 0; }
+#examples .caption-label { font-size: 0.7rem; padding: 0 0.3rem; }
+@media (max-width: 700px) {
+  #view { top: 0; padding-bottom: 0.4rem; }
+  #overlay { height: auto !important; min-height: 0 !important; }
+  #overlay img { max-height: 36vh; }
+  .listing li { grid-template-columns: 1fr; gap: 0.1rem; }
+}
 """
 
-#: A canvas goes back to the step that its slider says. A word that is clicked (or entered with the keyboard) becomes a
-#: ``select`` event; arrow keys go from word to word.
+#: A canvas goes back to the step that its slider says. A word that is clicked, entered with the keyboard or reached with the
+#: slider of its caption becomes a ``select`` event; arrow keys go from word to word. One word of a caption can be reached
+#: with Tab, the one that was chosen last.
 JS = """
+const words = () => [...element.querySelectorAll('button.word')];
+const reach = word => words().filter(other => other.dataset.run === word.dataset.run)
+  .forEach(other => other.tabIndex = other === word ? 0 : -1);
+const choose = word => {
+  words().forEach(other => other.setAttribute('aria-pressed', other === word));
+  reach(word);
+  const slider = word.closest('.run').querySelector('input.walk');
+  if (slider) {
+    slider.value = Number(word.dataset.word) + 1;
+    slider.setAttribute('aria-valuetext', slider.value + ', ' + word.textContent);
+    slider.nextElementSibling.textContent = slider.value + ' of ' + slider.max;
+  }
+  trigger('select', {index: [Number(word.dataset.run), Number(word.dataset.word)], value: word.textContent});
+};
+// Gradio's images have no text: say what is seen.
+const view = document.querySelector('#view'), name = () => view.querySelectorAll('#overlay button').forEach(button => {
+  if (!button.ariaLabel && !button.textContent.trim()) button.ariaLabel = 'The image, with what the model looked at';
+});
+new MutationObserver(name).observe(view, {childList: true, subtree: true});
+name();
 element.addEventListener('click', event => {
   const word = event.target.closest('button.word');
-  if (!word) return;
-  element.querySelectorAll('button.word').forEach(other => other.setAttribute('aria-pressed', other === word));
-  trigger('select', {index: [Number(word.dataset.run), Number(word.dataset.word)], value: word.textContent});
+  if (word) choose(word);
 });
 element.addEventListener('input', event => {
-  const box = event.target.closest('.run'), step = Number(event.target.value);
-  event.target.nextElementSibling.textContent = step + ' of ' + event.target.max;
-  box.querySelectorAll('.canvas li').forEach(cell => cell.classList.toggle('open', Number(cell.dataset.step) > step));
+  const slider = event.target, box = slider.closest('.run');
+  if (slider.classList.contains('walk')) {
+    choose(box.querySelector(`button.word[data-word='${slider.value - 1}']`));
+    return;
+  }
+  slider.nextElementSibling.textContent = slider.value + ' of ' + slider.max;
+  box.querySelectorAll('.canvas li').forEach(
+    cell => cell.classList.toggle('open', Number(cell.dataset.step) > Number(slider.value)));
 });
 element.addEventListener('keydown', event => {
   const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
-  const words = [...element.querySelectorAll('button.word')];
-  const next = words[words.indexOf(document.activeElement) + step];
-  if (!step || !words.includes(document.activeElement)) return;
+  const all = words(), place = all.indexOf(document.activeElement);
+  if (!step || place < 0) return;
   event.preventDefault();
-  if (next) next.focus();
+  const next = all[place + step];
+  if (next) { reach(next); next.focus(); }
 });
 """
 
-START = '<p class="note">Choose a picture and press <b>Describe</b>.</p>'
+#: A method of the list that is clicked becomes a ``select`` event.
+PICK_JS = """
+element.addEventListener('click', event => {
+  const button = event.target.closest('button[data-method]');
+  if (button) trigger('select', {index: 0, value: button.dataset.method});
+});
+"""
+
+#: Shows on the list which methods are chosen.
+PICKED_JS = """chosen => {
+  const names = new Set(chosen.flatMap(run => run.split('+')));
+  document.querySelectorAll('#listing button[data-method]').forEach(
+    button => button.setAttribute('aria-pressed', names.has(button.dataset.method)));
+}"""
+
+START = '<p class="note">Choose an image and press <b>Describe</b>.</p>'
+CHUNK = 40  # longest stretch without white space that is kept on one line
+
+
+def problem(text: str) -> str:
+    """What went wrong, in the place where the result would be."""
+    return f'<div class="problem" role="alert">{escape(text)}</div>'
+
+
+def refusal(text: str, key: str = "", limits: str = "") -> str:
+    """What is wrong with what was chosen, and where: the parameter's field is outlined, and says what it takes.
+
+    Args:
+        text: the sentence.
+        key: of the parameter, ``"gift.alpha"``; nothing where it is no parameter.
+        limits: what the field takes.
+    """
+    if not key:
+        return problem(text)
+    field = "#" + key.replace(".", "-")
+    said = re.sub(r"[^\w ,.%()\[\]-]", " ", limits)  # it stands in a style sheet
+    style = (
+        f"<style>{field} {{ outline: 2px solid var(--wrong); border-radius: 6px; }} "
+        f'{field}::after {{ content: "{said}"; color: var(--wrong); padding: 0 0.75rem 0.5rem; }}</style>'
+    )
+    return problem(text) + style
+
+
+def methods(known: Iterable[str]) -> str:
+    """The methods by kind, each with one line; a button puts it among the runs, or takes it out."""
+    entries = [(name, registry.method_class(name)) for name in known]
+    parts = []
+    for title in KINDS:
+        rows = []
+        for name, cls in entries:
+            if kind(cls) != title:
+                continue
+            line = plain((cls.__doc__ or "").strip().splitlines()[0])
+            if name in CLOSED:
+                line += " Yes or no only."
+            elif getattr(cls, "beam_search", False):
+                line += " Shown when it is finished."
+            button = f'<button type="button" data-method="{escape(name)}" aria-pressed="false">{escape(name)}</button>'
+            rows.append(f"<li><span>{button}</span><span>{escape(line)}</span></li>")
+        if rows:
+            parts.append(f"<section><h3>{escape(title)}</h3><ul>{''.join(rows)}</ul></section>")
+    return f'<div class="listing">{"".join(parts)}</div>'
 
 
 def captions(result: Result) -> str:
-    """One box per run: its name, its words, what it invents, and its speed. Words can be chosen once all runs are done."""
+    """One box per run: its name, its words, what it invents, how it differs from the first run, and its speed.
+
+    Words can be chosen once all runs are done.
+    """
     done = all(run.done for run in result.runs)
-    boxes = "".join(_box(run, number, done) for number, run in enumerate(result.runs))
+    first = result.runs[0] if result.runs else None
+    boxes = "".join(_box(run, number, done, first) for number, run in enumerate(result.runs))
     objects = result.picture.objects
     if objects is None:
-        note = "What is in this picture is not known here, so no word is marked as wrong."
+        note = "What is in this image is not known here, so no word is marked as wrong."
     else:
         marked = any(run.mentions is not None for run in result.runs)
         how = (
@@ -74,18 +202,29 @@ def captions(result: Result) -> str:
             if marked
             else "Wrong words are marked where simplemma is installed."
         )
-        note = f"In the picture: {escape(', '.join(objects))}. {how}"
+        note = f"In the image: {escape(', '.join(objects))}. {how}"
+    if len(result.runs) > 1 and first is not None:
+        note += f" Against {escape(first.spec.label)}: added words are underlined, changed ones dashed, removed ones struck."
     return f'<div class="runs" aria-busy="{str(not done).lower()}">{boxes}</div><p class="note">{note}</p>'
 
 
-def _box(run: Run, number: int, done: bool) -> str:
-    parts = [f"<h3>{escape(run.spec.label)}</h3>", f"<p>{_words(run, number, done) or '...'}</p>"]
+def _box(run: Run, number: int, done: bool, first: Run | None) -> str:
+    compared = done and first is not None and run is not first and not run.error and not first.error
+    found = changes(first.text, run.text) if compared and first is not None else []
+    waiting = "searching, shown when it is finished ..." if run.whole and not run.done else "..."
+    parts = [f"<h3>{escape(run.spec.label)}</h3>", f"<p>{_words(run, number, done, found) or waiting}</p>"]
     if run.canvas:
         parts.append(_canvas(run))
+    if done and len(run.words) > 1:
+        label = escape(f"Word of {run.spec.label}")
+        slider = f'<input class="walk" type="range" min="1" max="{len(run.words)}" value="1" aria-label="{label}">'
+        parts.append(f'<label class="step">Word {slider}<output>of {len(run.words)}</output></label>')
     if run.error:
-        parts.append(f'<p class="error" role="alert">{escape(run.error)}</p>')
+        parts.append(problem(run.error))
     if run.hallucinated:  # also readable without colour
-        parts.append(f'<p class="facts">Not in the picture: {escape(", ".join(run.hallucinated))}</p>')
+        parts.append(f'<p class="facts">Not in the image: {escape(", ".join(run.hallucinated))}</p>')
+    if compared and first is not None:
+        parts.append(f'<p class="facts">{escape(_differs(found, run.text, first.spec.label))}</p>')
     if run.done and run.ids:
         speed = len(run.ids) / max(run.seconds, 1e-9)
         left = f" ({len(run.kept.index)} kept)" if run.kept is not None else ""
@@ -93,6 +232,18 @@ def _box(run: Run, number: int, done: bool) -> str:
         facts = f"{len(run.ids)} tokens{steps}, {speed:.0f} tokens/s, {run.visual} visual tokens{left}"
         parts.append(f'<p class="facts">{facts}</p>')
     return f'<section class="run" aria-label="{escape(run.spec.label)}">{"".join(parts)}</section>'
+
+
+def _differs(found: Sequence[Change], text: str, label: str) -> str:
+    """The differences as a sentence, for those who do not see marks."""
+    if not found:
+        return f"The same as {label}."
+    told = {
+        "added": lambda change: f'"{text[change.start : change.end]}" added',
+        "removed": lambda change: f'"{change.before}" removed',
+        "changed": lambda change: f'"{text[change.start : change.end]}" for "{change.before}"',
+    }
+    return f"Against {label}: {'; '.join(told[change.kind](change) for change in found)}."
 
 
 def _canvas(run: Run) -> str:
@@ -105,32 +256,62 @@ def _canvas(run: Run) -> str:
             shown = f"{escape(text) or '&middot;'}<small>{step}</small>"
             cells.append(f'<li data-step="{step}" style="--early: {early:.2f}" title="step {step}">{shown}</li>')
         elif run.done:
-            cells.append('<li data-step="0" style="--early: 0" title="behind the end, never written">&middot;</li>')
+            cells.append('<li data-step="0" style="--early: 0" title="after the end, never written">&middot;</li>')
         else:
             cells.append('<li class="open" data-step="0" style="--early: 0" title="still masked">&middot;</li>')
     canvas = f'<ol class="canvas" aria-label="Canvas: words with the step that wrote them">{"".join(cells)}</ol>'
     if not run.done:
         return canvas
     label = escape(f"Denoising step of {run.spec.label}")
-    slider = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="{label}">'
+    slider = f'<input class="back" type="range" min="0" max="{last}" value="{last}" aria-label="{label}">'
     return f'{canvas}<label class="step">Step {slider}<output>{last} of {last}</output></label>'
 
 
-def _words(run: Run, number: int, done: bool) -> str:
+def _words(run: Run, number: int, done: bool, found: Sequence[Change]) -> str:
+    """The caption with its words as buttons, or as plain text while it is written; marks for what is wrong and what differs."""
     false = [(m["start"], m["end"]) for m in run.mentions or () if m["hallucinated"]]
-    shown, last = [], 0
-    for index, (start, end) in enumerate(run.words):
-        wrong = any(a < end and start < b for a, b in false)
-        shown.append(escape(run.text[last:start]))
-        word, kind = escape(run.text[start:end]), " false" if wrong else ""
-        title = ' title="not in the picture"' if wrong else ""
-        if done:
-            where = f'data-run="{number}" data-word="{index}" aria-pressed="false"'
-            shown.append(f'<button type="button" class="word{kind}" {where}{title}>{word}</button>')
-        else:
-            shown.append(f'<span class="word{kind}">{word}</span>')
-        last = end
-    return "".join(shown) + escape(run.text[last:])
+    words = {span[0]: (index, span[1]) for index, span in enumerate(run.words)}
+    gone = [change for change in found if change.kind == "removed"]
+    shown = [f"<del>{escape(change.before)}</del> " for change in gone if change.start == 0]
+    for chunk in re.finditer(r"\s+|\S+", run.text):
+        place, parts = chunk.start(), []
+        while place < chunk.end():
+            if place in words:
+                index, end = words[place]
+                parts.append(_word(run, (number, index), (place, end), done, false, found))
+            else:
+                end = min(start for start in (*words, chunk.end()) if start > place)
+                parts.append(escape(run.text[place:end]))
+            place = end
+        # A word is not parted from the punctuation at it; what was removed stands after both.
+        whole = len(parts) > 1 and chunk.end() - chunk.start() <= CHUNK
+        shown.append(f'<span class="chunk">{"".join(parts)}</span>' if whole else "".join(parts))
+        shown += [f" <del>{escape(c.before)}</del>" for c in gone if chunk.start() < c.start <= chunk.end()]
+    return "".join(shown)
+
+
+def _word(
+    run: Run,
+    name: tuple[int, int],
+    span: tuple[int, int],
+    done: bool,
+    false: Sequence[tuple[int, int]],
+    found: Sequence[Change],
+) -> str:
+    start, end = span
+    wrong = any(a < end and start < b for a, b in false)
+    word, kind = escape(run.text[start:end]), " false" if wrong else ""
+    title = ' title="not in the image"' if wrong else ""
+    if not done:
+        return f'<span class="word{kind}">{word}</span>'
+    reached = 0 if name[1] == 0 else -1
+    where = f'data-run="{name[0]}" data-word="{name[1]}" aria-pressed="false" tabindex="{reached}"'
+    html = f'<button type="button" class="word{kind}" {where}{title}>{word}</button>'
+    for change in found:
+        if change.start <= start < change.end:
+            before = f' title="for: {escape(change.before)}"' if change.before else ""
+            html = f'<ins class="{change.kind}"{before}>{html}</ins>'
+    return html
 
 
 def answers(found: Sequence[Answer]) -> str:
@@ -147,3 +328,9 @@ def answers(found: Sequence[Answer]) -> str:
             + "</section>"
         )
     return f'<div class="runs">{"".join(boxes)}</div>'
+
+
+def model(name: str, facts: Mapping[str, str], note: str) -> str:
+    """The model that the page runs, in one line."""
+    told = ", ".join(f"{key} {escape(value)}" for key, value in facts.items())
+    return f'<p id="model">Model <b>{escape(name)}</b>: {told}. {escape(note)}</p>'

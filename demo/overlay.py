@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 Box = tuple[float, float, float, float]
 
@@ -26,6 +28,43 @@ def seen_box(processor: Any, size: tuple[int, int]) -> Box:
     scale = min(size) / edge
     w, h = min(crop["width"] * scale, width), min(crop["height"] * scale, height)
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def draw_path(image: Image.Image, places: Sequence[tuple[float, float]], newest: int) -> None:
+    """Draw a numbered gaze path over an image, in place: a line from place to place, the last one filled.
+
+    Args:
+        image: an RGB image.
+        places: ``(x, y)`` in its pixels, one per word; the first has number 1. Places next to each other share a disc, with
+            the numbers of all its words.
+        newest: how many of the last words are drawn.
+    """
+    first = max(0, len(places) - newest)
+    size = max(11, round(min(image.size) / 26))
+    font, draw = ImageFont.load_default(size), ImageDraw.Draw(image)
+    shown = places[first:]
+    for ends in itertools.pairwise(shown):
+        for width, colour in ((5, (0, 0, 0)), (2, (255, 255, 255))):
+            draw.line([*ends[0], *ends[1]], fill=colour, width=width)
+    numbers: dict[tuple[int, int], list[int]] = {}
+    for number, (x, y) in enumerate(shown, start=first + 1):
+        near = (key for key in numbers if abs(key[0] - x) < 1.5 * size and abs(key[1] - y) < 1.5 * size)
+        numbers.setdefault(next(near, (round(x), round(y))), []).append(number)
+    for (x, y), found in numbers.items():
+        text = ", ".join(map(str, found if len(found) < 5 else [*found[:2], f"… {found[-1]}"]))
+        last = found[-1] == len(places)
+        half = max(size, draw.textlength(text, font=font) / 2 + size * 0.5)
+        x = min(max(x, half + 2), image.width - half - 2)  # whole numbers also at the edges
+        y = min(max(y, size + 2), image.height - size - 2)
+        back, front = ((194, 65, 12), (255, 255, 255)) if last else ((255, 255, 255), (20, 20, 20))
+        draw.rounded_rectangle(
+            (x - half, y - size * 0.85, x + half, y + size * 0.85),
+            radius=size * 0.85,
+            fill=back,
+            outline=(20, 20, 20),
+            width=2,
+        )
+        draw.text((x, y), text, fill=front, font=font, anchor="mm")
 
 
 def overlay(image: Image.Image, saliency: object, *, strength: float = 0.65, box: Box | None = None) -> Image.Image:

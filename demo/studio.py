@@ -6,12 +6,13 @@ import contextlib
 import copy
 import importlib.util
 import itertools
+import json
 import os
 import re
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,9 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import vlm_attn
-from vlm_attn import diffusion, registry
-from vlm_attn.demo.controls import all_controls, kept_back, needs_model
-from vlm_attn.demo.overlay import overlay, seen_box
+from vlm_attn import diffusion, presets, registry
+from vlm_attn.demo.controls import CLOSED, all_controls, kept_back, needs_model
+from vlm_attn.demo.overlay import draw_path, overlay, seen_box
 from vlm_attn.evals import pope, scenes
 from vlm_attn.evals.chair import coco_vocabulary
 from vlm_attn.evals.coco import UnknownRange, as_rgb
@@ -45,6 +46,7 @@ MAX_RUNS = 6
 MAX_CHARACTERS = 500
 MAX_TOKENS = 256
 WAIT = 1.0  # seconds without anything new after which a page is told so
+PATH = 8  # newest words of a gaze path: more would hide the image
 CANVAS = 32  # positions of a masked-diffusion model's answer, where nothing else is asked for
 SPLIT = "validation"
 SCENES = 500
@@ -93,6 +95,11 @@ class Run:
     steps: int = 0
     shown: int = 0
     canvas: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether its caption is shown when it is finished, because nothing is settled before."""
+        return any(getattr(registry.method_class(name), "beam_search", False) for name in self.spec.names)
 
     @property
     def hallucinated(self) -> list[str]:
@@ -165,10 +172,10 @@ def open_upload(path: str | os.PathLike[str]) -> Image.Image:
         ValueError: too many bytes or pixels, not one of ``FORMATS``, cut off or broken. The message is for that person.
     """
     if not Path(path).is_file():
-        raise ValueError("The picture is not there any more: please choose it again.")
+        raise ValueError("The image is not there any more: please choose it again.")
     size = Path(path).stat().st_size
     if size > MAX_BYTES:
-        raise ValueError(f"The picture has {size / 2**20:.1f} MB, at most {MAX_BYTES >> 20} MB are taken.")
+        raise ValueError(f"The image has {size / 2**20:.1f} MB, at most {MAX_BYTES >> 20} MB are taken.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, by our own limit
@@ -176,22 +183,28 @@ def open_upload(path: str | os.PathLike[str]) -> Image.Image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     limit = f"at most {MAX_PIXELS // 10**6} million pixels are taken"
-                    raise ValueError(f"The picture has {width} x {height} pixels, {limit}.")
+                    raise ValueError(f"The image has {width} x {height} pixels, {limit}.")
                 if max(width, height) > MAX_RATIO * min(width, height):
-                    raise ValueError(f"The picture has {width} x {height} pixels, which is too narrow.")
+                    raise ValueError(f"The image has {width} x {height} pixels, which is too narrow.")
                 image.verify()
             with Image.open(path, formats=FORMATS) as image:  # verify() leaves nothing to read from
                 image.draft("RGB", (MAX_SIDE, MAX_SIDE))
                 upright = as_rgb(image)
     except UnidentifiedImageError as error:
-        raise ValueError(f"The file is no picture: {', '.join(FORMATS)} are taken.") from error
+        raise ValueError(f"The file is not an image: {', '.join(FORMATS)} are taken.") from error
     except UnknownRange as error:
-        raise ValueError(f"The picture {error}.") from error
+        raise ValueError(f"The image {error}.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
-        raise ValueError("The picture cannot be read: the file is cut off or broken.") from error
+        raise ValueError("The image cannot be read: the file is cut off or broken.") from error
     if max(upright.size) > MAX_SIDE:
         upright.thumbnail((MAX_SIDE, MAX_SIDE))
     return upright
+
+
+def large(image: Image.Image) -> Image.Image:
+    """An image large enough to look at: by a whole factor, to 448 pixels of its shorter side where it can be."""
+    factor = max(1, min(448 // min(image.size), MAX_SIDE // max(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
 
 
 def scene_picture(number: int) -> Picture:
@@ -222,17 +235,25 @@ class Studio:
         name: what it is called on the page.
         params: ``"gift.alpha=4"``: parameters of whoever starts the demo. Visitors may choose others, but not those that name a
             file or a model.
+        preset: the name or file of a preset with constants of methods; default: the bundled one that fits the model.
 
     Attributes:
         controls: parameters of every method that it can run with.
+        fits: name of the preset that the model runs with, None where none fits.
         denoises: whether the model fills in masked answers, in place of writing token after token.
     """
 
-    def __init__(self, model: Any, processor: Any, name: str = "", params: Sequence[str] = ()) -> None:
-        self.model, self.processor, self.name = model, processor, name
-        given = parse_specs(list(dict.fromkeys(text.partition(".")[0].strip() for text in params)), params)
+    def __init__(
+        self, model: Any, processor: Any, name: str = "", params: Sequence[str] = (), preset: str | None = None
+    ) -> None:
+        self.model, self.processor, self.name, self.preset = model, processor, name, preset
+        if preset is not None:
+            presets.fitting(preset, model.config)
+        given = parse_specs(list(dict.fromkeys(text.partition(".")[0].strip() for text in params)), params, preset)
         self.given = {spec.label: spec.params[spec.label] for spec in given}
-        self.controls = all_controls(model.config, self.given)
+        self.controls = all_controls(model.config, self.given, preset)
+        bundled = (key for key, data in presets.bundled().items() if presets.mismatch(data, model.config) is None)
+        self.fits = preset or next(bundled, None)
         self.denoises = denoising(model, {}) is not None
         self._encoding = threading.Lock()
         # As many captions are written at a time as there are cores: more threads would only keep the page waiting.
@@ -270,7 +291,7 @@ class Studio:
             if method in registry.names() and parameter in kept_back(registry.method_class(method)):
                 raise ValueError(f"{method}.{parameter} is set by who runs this demo, not by its visitors.")
         found = []
-        for spec in parse_specs(methods, params):
+        for spec in parse_specs(methods, params, self.preset):
             merged = {n: {**self.given.get(n, {}), **spec.params.get(n, {})} for n in spec.names}
             found.append(replace(spec, params={name: values for name, values in merged.items() if values}))
         # Also a method that is another's parameter, as late_step.reducer is.
@@ -289,6 +310,17 @@ class Studio:
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise type(error)(self._discreet(str(error))) from error
         return found
+
+    def defaults(self, names: Iterable[str]) -> list[str]:
+        """What whoever started the demo has set of these methods, as ``--param`` takes it, but for files and models."""
+        texts = []
+        for name in sorted(set(names) & set(self.given)):
+            hidden = kept_back(registry.method_class(name))
+            for parameter, value in self.given[name].items():
+                if parameter not in hidden:
+                    shown = json.dumps(list(value)) if isinstance(value, tuple) else json.dumps(value)
+                    texts.append(f"{name}.{parameter}={value if isinstance(value, str) else shown}")
+        return texts
 
     def _discreet(self, text: str) -> str:
         """A message without what only who runs the demo knows: the files and models that were given."""
@@ -315,8 +347,16 @@ class Studio:
             fails carries its error, the others go on. Closing the iterator ends the generations.
 
         Raises:
-            ValueError: an empty or overlong prompt; ``tokens`` or ``steps`` out of range.
+            ValueError: an empty or overlong prompt; ``tokens`` or ``steps`` out of range; a method that cannot describe.
         """
+        for name in {name for spec in specs for name in spec.names} & set(CLOSED):
+            raise ValueError(CLOSED[name])
+        return self._answers(picture, prompt, specs, tokens, steps)
+
+    def _answers(
+        self, picture: Picture, prompt: str, specs: Sequence[MethodSpec], tokens: int, steps: int | None = None
+    ) -> Iterator[Result]:
+        """See :meth:`describe`."""
         prompt = _text(prompt, "prompt")
         if not 1 <= tokens <= MAX_TOKENS:
             raise ValueError(f"A caption can have 1 to {MAX_TOKENS} tokens, not {tokens}.")
@@ -381,7 +421,9 @@ class Studio:
                 if denoise is not None:
                     self._denoise(shell, run, inputs, denoise, stop)
                 else:
-                    shell.generate(
+                    # A search of its own writes nothing before it has ended: its caption comes whole.
+                    whole = run.whole
+                    sequences = shell.generate(
                         **inputs,
                         max_new_tokens=tokens,
                         do_sample=False,
@@ -390,9 +432,11 @@ class Studio:
                         top_p=None,
                         top_k=None,
                         pad_token_id=self.processor.tokenizer.pad_token_id,
-                        streamer=_Tokens(run.ids),
+                        streamer=None if whole else _Tokens(run.ids),
                         stopping_criteria=[_Stop(stop)],
                     )
+                    if whole and not stop.is_set():
+                        run.ids = sequences[0, inputs["input_ids"].shape[1] :].tolist()
                 if run.spec.names and engine_of(shell).reduces:
                     run.kept = vlm_attn.kept(shell)[0]
         finally:
@@ -426,13 +470,14 @@ class Studio:
     def _decode(self, ids: Sequence[int]) -> str:
         return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def look(self, result: Result, run: int, word: int) -> tuple[Image.Image, str]:
+    def look(self, result: Result, run: int, word: int, path: bool = False) -> tuple[Image.Image, str]:
         """Where a run looked while it wrote a word.
 
         Args:
             result: what :meth:`describe` made.
             run: index of the run.
             word: index into its words.
+            path: also draw where the words up to this one looked most, numbered as they stand in the caption.
 
         Returns:
             The picture with the attention over it (brightest = most), and a sentence.
@@ -441,7 +486,7 @@ class Studio:
             ValueError: no such word.
         """
         if not (0 <= run < len(result.runs) and 0 <= word < len(result.runs[run].words)):
-            raise ValueError("That word is not there any more: describe the picture again.")
+            raise ValueError("That word is not there any more: describe the image again.")
         chosen = result.runs[run]
         if chosen.gaze is None:
             shell = self.shell()
@@ -458,8 +503,32 @@ class Studio:
         rows = chosen.gaze[self._tokens_of(chosen, start, end)]
         share = float(rows.sum((1, 2)).mean())
         shown = self._over(result.picture.image, rows.mean(0))
-        text = f'"{chosen.text[start:end]}" ({chosen.spec.label}): {share:.0%} of the attention is on the picture.'
+        if path:
+            box = seen_box(self.processor, shown.size)
+            places = [self._peak(chosen, number, box) for number in range(word + 1)]
+            draw_path(shown, places, PATH)
+        text = (
+            f'Word {word + 1} of {len(chosen.words)}, "{chosen.text[start:end]}" ({chosen.spec.label}): '
+            f"{share:.0%} of the attention is on the image."
+        )
         return shown, text
+
+    def _peak(self, run: Run, word: int, box: tuple[float, float, float, float]) -> tuple[float, float]:
+        """Where a word looked most, in pixels of an image of which ``box`` is what the model sees."""
+        assert run.gaze is not None
+        values = run.gaze[self._tokens_of(run, *run.words[word])].mean(0)
+        row, column = divmod(int(values.argmax()), values.shape[1])
+        left, top, right, bottom = box
+        x = left + (column + 0.5) / values.shape[1] * (right - left)
+        return x, top + (row + 0.5) / values.shape[0] * (bottom - top)
+
+    def can(self, name: str, result: Result) -> bool:
+        """Whether ``saliency`` (``"gift"``) or ``sinks`` (``"var"``) can be computed: whether the method has its constants."""
+        try:
+            with self._single(name, result):
+                return True
+        except (ValueError, TypeError, NotImplementedError):
+            return False
 
     def _tokens_of(self, run: Run, start: int, end: int) -> list[int]:
         """Indices of the tokens that a stretch of the text was decoded from."""
@@ -512,7 +581,7 @@ class Studio:
     def _single(self, name: str, result: Result) -> Iterator[Any]:
         """A shell patched with one method, with the parameters of the first run that has it."""
         params = next((run.spec.params.get(name, {}) for run in result.runs if name in run.spec.names), {})
-        spec = MethodSpec(name, (name,), {name: params})
+        spec = MethodSpec(name, (name,), {name: params}, self.preset)
         shell = self.shell()
         with spec.applied(shell, self.processor):
             yield shell
@@ -521,9 +590,8 @@ class Studio:
         """A map over its picture, large enough to look at. ``scale``: the largest value is shown brightest."""
         top = float(values.max())
         shown = values / top if scale and top > 0 else values
-        factor = max(1, min(448 // min(image.size), MAX_SIDE // max(image.size)))
-        large = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
-        return overlay(large, shown, box=seen_box(self.processor, large.size))
+        drawn = large(image)
+        return overlay(drawn, shown, box=seen_box(self.processor, drawn.size))
 
     def ask(self, picture: Picture, question: str, specs: Sequence[MethodSpec]) -> list[Answer]:
         """A yes/no question to every run.
@@ -541,7 +609,7 @@ class Studio:
         truth = ""
         if picture.objects is not None and len(named) == 1:
             truth = "yes" if named <= set(picture.objects) else "no"
-        *_, result = self.describe(picture, question, specs, CANVAS if self.denoises else 10)
+        *_, result = self._answers(picture, question, specs, CANVAS if self.denoises else 10)
         answers = []
         for run in result.runs:
             # A rule that takes "No!" for yes is for figures that are compared; here somebody reads along.

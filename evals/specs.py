@@ -40,8 +40,22 @@ class MethodSpec:
         """
         from vlm_attn import presets, registry
 
-        known = {name: presets.constants(name, model.config, self.preset) if model else {} for name in self.names}
+        known = {
+            name: presets.constants(name, model.config, self._preset(name, model)) if model else {}
+            for name in self.names
+        }
         return [registry.build(name, **(known[name] | self.params.get(name, {}))) for name in self.names]
+
+    def _preset(self, name: str, model: Any) -> str | None:
+        """The preset for one of the methods: what it has nothing for runs with the one that fits the model.
+
+        Raises:
+            ValueError: it is not readable, or for another model.
+        """
+        from vlm_attn import presets
+
+        known = self.preset is not None and name in presets.fitting(self.preset, model.config)["methods"]
+        return self.preset if known else None
 
     def applied(self, model: Any, processor: Any) -> contextlib.AbstractContextManager[Any]:
         """Context in which the model is patched with this spec; does nothing for the baseline.
@@ -75,7 +89,7 @@ class MethodSpec:
             entry: dict[str, Any] = {"name": method.name, "params": _plain(method)}
             # Of the preset's constants as they are; with parameters given by hand nothing is known.
             if not self.params.get(method.name):
-                tried = presets.searched(method.name, model.config, self.preset)
+                tried = presets.searched(method.name, model.config, self._preset(method.name, model))
                 entry |= {} if tried is None else {"searched": tried}
             described.append(entry)
         return described

@@ -44,7 +44,7 @@ def test_describe(page: Any, studio: Any) -> None:
     html = describe(page)
     assert 'aria-label="baseline"' in html
     assert 'aria-label="gift"' in html
-    assert "Not in the picture: bear" in html
+    assert "Not in the image: bear" in html
     assert "64 visual tokens" in html
     *_, result = studio.describe(scene_of(3), link.State().prompt, studio.specs(["baseline", "gift"]), 64)
     for run in result.runs:
@@ -76,6 +76,17 @@ def test_upload(page: Any, tmp_path: Path) -> None:
     assert "visual tokens" in html
 
 
+def test_searches_and_closed_questions(page: Any) -> None:
+    """OPERA's caption comes whole; MVP answers questions, and says why it does not describe."""
+    html = describe(page, methods=["opera"], tokens=30)
+    assert 'aria-label="opera"' in html
+    assert "elephant" in html
+    with pytest.raises(AppError, match="ask it on the tab Yes or no"):
+        describe(page, methods=["mvp"])
+    html = client(page).predict(None, 3, ["mvp"], "Is there an elephant in the image?", api_name="/ask")
+    assert "right (the truth: yes)" in html
+
+
 def test_ask(page: Any) -> None:
     html = client(page).predict(
         None, 3, ["baseline", "var+gift"], "Is there an elephant in the image?", api_name="/ask"
@@ -86,7 +97,7 @@ def test_ask(page: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"scene": None}, "Choose a picture first"),
+        ({"scene": None}, "Choose an image first"),
         ({"scene": 500}, "499"),
         ({"methods": []}, "at least one method"),
         ({"methods": ["gfit"]}, "did you mean 'gift'"),
@@ -104,7 +115,7 @@ def test_errors_are_messages(page: Any, values: dict[str, Any], message: str) ->
     assert "Traceback" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "message"), [("a.png", "no picture"), ("cut.png", "cut off or broken")])
+@pytest.mark.parametrize(("name", "message"), [("a.png", "not an image"), ("cut.png", "cut off or broken")])
 def test_uploads_that_are_refused(page: Any, tmp_path: Path, name: str, message: str) -> None:
     file = tmp_path / name
     Image.effect_noise((80, 80), 90).save(file)
@@ -133,14 +144,14 @@ def test_unexpected_errors_are_messages_too(page: Any, studio: Any, monkeypatch:
 
 def test_maps_need_captions(page: Any) -> None:
     own = client(page)
-    with pytest.raises(AppError, match="Describe the picture first"):
+    with pytest.raises(AppError, match="Describe the image first"):
         own.predict(api_name="/saliency")
     own.predict(None, 3, ["baseline", "divprune"], api_name="/describe")
     for name, word in (("/saliency", "gift"), ("/sinks", "var"), ("/kept", "divprune 6 of 64")):
         image, sentence = own.predict(api_name=name)
         assert Image.open(image).size == (448, 448)
         assert word in sentence
-    with pytest.raises(AppError, match="Describe the picture first"):  # somebody else's captions stay theirs
+    with pytest.raises(AppError, match="Describe the image first"):  # somebody else's captions stay theirs
         client(page).predict(api_name="/saliency")
 
 
@@ -175,7 +186,7 @@ def test_thirty_visitors_on_a_busy_machine(page: Any) -> None:
     assert [html for html in found if "Error" in html or "Timeout" in html] == []
     assert len(set(found)) == 30
     for number, html in enumerate(found):
-        assert f"In the picture: {', '.join(scene_of(number).objects)}." in html
+        assert f"In the image: {', '.join(scene_of(number).objects)}." in html
 
 
 def test_the_page_is_made_once_for_all(studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:

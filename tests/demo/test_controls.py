@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from vlm_attn import registry
-from vlm_attn.demo.controls import all_controls, controls, kept_back, params
+from vlm_attn.demo.controls import KINDS, Control, all_controls, controls, kept_back, kind, params
 from vlm_attn.method import Method, check_range
 
 ALL = [control for found in all_controls().values() for control in found]
@@ -101,6 +102,36 @@ def test_every_kind() -> None:
     assert found["sort"].choices == ("a", "b")
     assert found["layers"].shown((2, 3)) == "2, 3"
     assert found["layers"].shown(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("how ``much``. Range (0, 10].", "how much. More than 0, at most 10."),
+        (
+            "see :class:`~vlm_attn.visual_token_ops.clip.ClipReducer`. Range 0..1; 0 = none.",
+            "see ClipReducer. From 0 to 1; 0 = none.",
+        ),
+        ("of them. Range [0, 1).", "of them. From 0 to less than 1."),
+    ],
+)
+def test_help_is_text(text: str, plain: str) -> None:
+    assert Control("a", "b", "number", 0, text).text == plain
+
+
+def test_no_markup_is_left() -> None:
+    for control in ALL:
+        assert not re.search(r"``|:\w+:`|\d\.\.\d", control.text), control.key
+
+
+def test_kinds() -> None:
+    """Methods stand by kind, then by name."""
+    classes = {name: registry.method_class(name) for name in all_controls()}
+    assert {kind(cls) for cls in classes.values()} == set(KINDS) - {"Fewer visual tokens while denoising"}
+    order = [(KINDS.index(kind(cls)), name) for name, cls in classes.items()]
+    assert order == sorted(order)
+    names = ("gift", "opera", "mma", "fastv", "duo")
+    assert [KINDS.index(kind(classes[name])) for name in names] == [0, 1, 2, 3, 5]
 
 
 @pytest.mark.parametrize("control", ALL, ids=lambda control: control.key)

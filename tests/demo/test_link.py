@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from vlm_attn.demo.link import State, from_query, to_query
+from vlm_attn.demo.link import State, from_query, to_command, to_python, to_query
 
 LIMITS = {"scenes": 500, "longest": 256, "characters": 100}
 
@@ -32,6 +34,40 @@ def test_another_start() -> None:
     assert to_query(state, start) == "scene=3&method=baseline&steps=8"
     for wanted in (start, state):
         assert from_query(to_query(wanted, start), **LIMITS, start=start) == (wanted, [])
+
+
+@pytest.mark.parametrize("model", ["scenes", "scenes-diffusion"])
+def test_command_and_python_make_the_same_captions(
+    model: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the page."""
+    import json
+    import shlex
+
+    from typer.testing import CliRunner
+
+    from vlm_attn import cli
+    from vlm_attn.demo.studio import scene_picture
+
+    state = State(
+        scene=8, methods=("baseline", "divprune"), params=("divprune.keep=4",), prompt="What is it?", tokens=16
+    )
+    if model == "scenes-diffusion":
+        state = replace(state, steps=4)
+    studio = request.getfixturevalue("canvas_studio" if state.steps else "studio")
+    specs = studio.specs(state.methods, state.params)
+    *_, result = studio.describe(scene_picture(8), state.prompt, specs, state.tokens, state.steps or None)
+    wanted = [run.text for run in result.runs]
+    exec(to_python(state, model), {})
+    assert capsys.readouterr().out.splitlines() == [
+        f"{run.spec.label}: {text}" for run, text in zip(result.runs, wanted, strict=True)
+    ]
+    command = shlex.split(to_command(state, model))
+    assert command.pop(0) == "vlm-attn"
+    done = CliRunner().invoke(cli.app, [*command, "--json", "-"])
+    assert done.exit_code == 0, done.output
+    assert [row["caption"] for row in json.loads(done.stdout)["captions"]] == wanted
+    assert "YOUR_IMAGE" in to_command(replace(state, scene=None), model)
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,7 @@ def demo(
             "[b]cdpruner.clip[/b], can only be set here. Repeats.",
         ),
     ] = None,
+    preset: opt.Preset = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[
         int | None,
@@ -327,7 +328,7 @@ def demo(
         load_in_4bit=load_in_4bit,
         load_in_8bit=load_in_8bit,
     )
-    studio = importlib.import_module("vlm_attn.demo.studio").Studio(loaded, processor, model, param or ())
+    studio = importlib.import_module("vlm_attn.demo.studio").Studio(loaded, processor, model, param or (), preset)
     page.serve(studio, host=host, port=port, share=share)
 
 
