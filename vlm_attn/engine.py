@@ -253,7 +253,8 @@ class Engine:
             canvas: whether the answer is denoised.
 
         Raises:
-            ValueError: no image, no usable question span, a prompt that ends in an image token, maps asked for.
+            ValueError: no usable question span, a prompt that ends in an image token, maps asked for, several samples in a row,
+                labels that the prompt would see; while the model is looked at, a prompt without an image.
         """
         spans = self.spans or {}
         if inputs.get("output_attentions"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlm_attn import host
 from vlm_attn.dropping import Kept, Reduction, places
-from vlm_attn.method import Method, ModelFacts
+from vlm_attn.method import Method, ModelFacts, unknown_turn
 from vlm_attn.sharding import Heads
 
 if TYPE_CHECKING:
@@ -111,6 +111,15 @@ class HeadMethod(Method):
                 "choose keys for"
             )
         return self
+
+    def start(self, call: Call, processor: Any) -> None:
+        """Where every row chooses, those of a cache must have chosen.
+
+        Raises:
+            ValueError: the cache was filled without the method.
+        """
+        if self.edited_rows == "text" and call.first and (call.earlier is None or self not in call.earlier.patched):
+            raise unknown_turn(self, "what its rows would hold is")
 
     def edit(self, call: Call, layer: int) -> None:
         """No attention weight is edited."""
