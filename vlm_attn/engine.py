@@ -515,7 +515,7 @@ class Engine:
         """End a bare forward (also after an exception, also after one that was refused before it began)."""
         if self.pairing is not None and self.pairing.running:
             return self.pairing.after(output)
-        held = self._turns.held
+        held = self._turns.held if not self._depth else ()
         if held and held[-1].frame is not None and held[-1].frame is running_forward():
             self._end_bare()
 
@@ -542,7 +542,6 @@ class Engine:
             return None
         call.batch, call.length = embeds.shape[:2]
         call.mask = None
-        call.reached.clear()
         if call.done and cache is not None:
             past = cache.get_seq_length()
             if self.paired:
@@ -559,6 +558,7 @@ class Engine:
             )
         if call.done:
             call.restart()
+        call.reached.clear()
         call.mode = "prompt"
         past = host.cached_length(cache)
         if not call.ran and past != call.first:
