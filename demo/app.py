@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of ``vlm-attn demo``. What it shows is computed in :mod:`vlm_attn.demo.studio`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a page can offer for a method: its kind, and its parameters with type, default, range and help, read from the class."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of the page as a URL's query, in the words of the command line: ``?scene=3&method=baseline&param=gift.alpha=4``."""
 
 from __future__ import annotations

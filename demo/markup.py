@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captions, answers and the list of methods as HTML. Everything that came from a model or a visitor is escaped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A saliency map drawn over its picture."""
 
 from __future__ import annotations

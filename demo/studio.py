@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the demo computes, without a page: checked pictures, captions side by side, what a word looks at, yes or no."""
 
 from __future__ import annotations

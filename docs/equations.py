@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The equations of docstrings as MathML: browsers draw it themselves, so nothing is loaded.
 
 A docstring's ``Equation:`` is plain text for ``help()``: a statement a line, and after three spaces or more a note. Here a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What mkdocs adds to the files of this folder: one page per method, made from its docstring, and pages that lie elsewhere.
 
 Nothing is written here: the pages exist in the site only.
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import equations
+import tables
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
@@ -170,6 +172,9 @@ def method_page(info: MethodInfo) -> str:
     first, _, more = idea.partition("\n")
     texts = [f"# {info.name}", f"**{first}**", paper, module, more.strip()]
     parts = [_markdown(text) for text in texts if text]
+    seen = {key: text for key, text in tables.overview(info.cls).items() if key != "in short"}
+    if seen:
+        parts += ["| | |\n|---|---|\n" + "\n".join(f"| {key} | {text} |" for key, text in seen.items())]
     if "Equation" in sections:
         names = [field.name for field in dataclasses.fields(info.cls)]
         parts += ["## Equation", equations.html(sections["Equation"], names)]

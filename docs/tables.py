@@ -1,16 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of the pages that nobody writes by hand: ``python docs/tables.py`` writes them, a test compares.
 
 A table of `results.md` follows a comment ``<!-- table: NAME -->``. The function of that name makes it of `evals/results`.
+A table of methods follows ``<!-- methods: KIND -->``. Its rows are the registered methods of these kinds, its cells what the
+section ``Overview`` of their docstrings says under the column's title.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -421,7 +425,86 @@ def filled(text: str) -> str:
     return re.sub(r"^(<!-- table: ([\w-]+) -->\n)(?:\|.*\n)*", made, text, flags=re.M)
 
 
-PAGES = {ROOT / "docs" / "results.md": filled}
+def overview(cls: type) -> dict[str, str]:
+    """The section ``Overview`` of a method's docstring: key -> text."""
+    block = inspect.cleandoc(cls.__doc__ or "").partition("\nOverview:\n")[2]
+    found: dict[str, str] = {}
+    key = ""
+    for line in block.splitlines():
+        if match := re.fullmatch(r" {4}([a-z][a-z ]*): (.*)", line):
+            key = match[1]
+            found[key] = match[2]
+        elif line.startswith(" " * 8) and key:
+            found[key] += " " + line.strip()
+        else:
+            break
+    return found
+
+
+#: Titles of columns that hold the short text.
+SHORT = ("what it does", "what is seen", "what it keeps", "what a head sees")
+
+
+def kind(cls: type) -> str:
+    """Which table a method is in."""
+    from vlm_attn import Method, Reducer
+    from vlm_attn.branch import Decoding
+    from vlm_attn.heads import HeadMethod
+
+    for base, name in ((Reducer, "tokens"), (HeadMethod, "keys"), (Decoding, "next")):
+        if issubclass(cls, base):
+            return name
+    return "edit" if cls.mask is Method.mask else "mask"  # type: ignore[attr-defined]
+
+
+ARXIV = r"arXiv (\d{4}\.\d{4,5})"
+
+
+def method_rows(head: Sequence[str], kinds: Sequence[str], order: Sequence[str], *, short: bool) -> Rows:
+    """Rows of a table of methods.
+
+    Args:
+        head: titles of the columns.
+        kinds: which methods.
+        order: names in the order of the page; others come after them.
+        short: whether the page has the short text.
+    """
+    import vlm_attn
+    from vlm_attn import registry
+
+    infos = {
+        name: info for name, info in vlm_attn.methods().items() if name in registry.METHODS and kind(info.cls) in kinds
+    }
+    rows = [list(head)]
+    for name in sorted(infos, key=lambda name: (name not in order, order.index(name) if name in order else name)):
+        info = infos[name]
+        said = overview(info.cls)
+        links = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(ARXIV, info.paper))
+        fixed = {
+            "name": f"`{name}`",
+            "paper": links if short else re.sub(ARXIV, r"[arXiv \1](https://arxiv.org/abs/\1)", info.paper),
+        }
+        cells = [fixed.get(title, said.get("in short" if short and title in SHORT else title, "")) for title in head]
+        rows.append(cells)
+    return rows
+
+
+def with_methods(text: str, *, short: bool) -> str:
+    """A page with its tables of methods made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        head = [cell.strip() for cell in match[3].strip().strip("|").split("|")]
+        order = re.findall(r"^\| `(\w+)` \|", match[0], re.M)
+        return match[1] + markdown(method_rows(head, match[2].split(), order, short=short)) + "\n"
+
+    return re.sub(r"^(<!-- methods: ([\w ]+) -->\n)(\|.*\n)(?:\|.*\n)*", made, text, flags=re.M)
+
+
+PAGES = {
+    ROOT / "docs" / "results.md": filled,
+    ROOT / "docs" / "methods.md": partial(with_methods, short=False),
+    ROOT / "README.md": partial(with_methods, short=True),
+}
 
 
 def main() -> int:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optional libraries: imported when they are needed, and asked for by name when they are missing."""
 
 from __future__ import annotations

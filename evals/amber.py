@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AMBER: what captions invent, cover and leave out, and yes/no questions about existence, attributes and relations.
 
 Wang et al., 2023, "AMBER: An LLM-free Multi-dimensional Benchmark for MLLMs Hallucination Evaluation" (arXiv 2311.07397), by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure the constants that methods need of a model, and write them as a preset.
 
     vlm-attn calibrate MODEL --method gift --method var -o preset.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CHAIR: which objects does a caption name that are not in the image?
 
 Rohrbach et al., 2018, "Object Hallucination in Image Captioning" (arXiv 1809.02156). The protocol is that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIPScore: how well a caption fits its picture, by a CLIP model.
 
 A check that fewer inventions are not bought with worse captions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image datasets with COCO annotations: the one data type that every evaluation reads.
 
 A dataset is COCO's own dictionaries plus a function that gives the picture of an image id, so a folder of

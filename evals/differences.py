@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where two texts differ, word by word."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO on disk: what to download, and whether what is there is whole."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What methods change: every figure of finished runs, with its paired difference against the plain model.
 
 Everything is computed from the lines of ``samples.jsonl``: the images are drawn again for a method and the baseline together,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every method does to one model: settings are searched on one split, then every method is scored once on another.
 
     vlm-attn experiment --out runs/effect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results as a table for other programs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captions of one's own images, side by side, as one HTML file that needs no other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Profiles of heads, as `duo` and `razor` read them: gates trained on passkeys, echo and induction scores of a probe.
 
     vlm-attn calibrate MODEL --method duo --method razor -o preset.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patched models in lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which finds :func:`manifest` by its entry point.
 
 lmms_eval --model vlm_attn --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=var+gift,gift.alpha=4 --tasks pope

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which question an answer of a file is to, and whether the two agree.
 
 A pair is only made where nothing that the record says of itself speaks against it: the first contradiction is an error that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MMHal-Bench: answers to 96 questions, rated from 0 to 6 by a judge that is shown the picture's content and a good answer.
 
 Sun et al., 2023, "Aligning Large Multimodal Models with Factually Augmented RLHF" (arXiv 2309.14525). The score is the mean

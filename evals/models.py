@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Load a vision-language model and its processor by one name: that of a bundled one, a folder, or a hub id."""
 
 from __future__ import annotations

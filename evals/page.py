@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A report as one HTML file that needs no other: tables, plots, and the worst images with what was said about them."""
 
 from __future__ import annotations

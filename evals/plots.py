@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a report: what a method buys with what, and which objects are invented."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """POPE: does the model say yes to objects that are not there?
 
 Li et al., 2023, "Evaluating Object Hallucination in Large Vision-Language Models" (arXiv 2305.10355). For

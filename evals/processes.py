@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One command in several processes, as ``accelerate launch`` starts them; a lone process is the same with a count of 1."""
 
 from __future__ import annotations

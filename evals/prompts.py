@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From pictures and texts to model inputs and back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read files that people and other programs wrote: captions, answers and lists of image ids.
 
 One reader for all of them. It takes JSON lines, a JSON array, a JSON map from id to text, CSV and TSV, with or without a

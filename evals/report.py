@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results as tables: of one run in the terminal, and of many runs beside the plain model."""
 
 from __future__ import annotations

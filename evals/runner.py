@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run methods over an evaluation: resumable, one line per sample, one JSON of results.
 
 Batches are cut from the full ordered list of samples, and whole batches are what is written and resumed, so a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a results folder holds, checked: a record that is not what a run writes is refused by file and line, not scored."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Score answers that exist already: no model, no pictures."""
 
 from __future__ import annotations

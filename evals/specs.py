@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods as the command line names them: ``baseline``, ``gift``, ``var+gift``, and ``gift.alpha=4``."""
 
 from __future__ import annotations

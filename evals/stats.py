@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Means with 95 % intervals: a percentile bootstrap over images.
 
 All figures of CHAIR and POPE are ratios of sums (CHAIR_I = hallucinated mentions / mentions), or a mean of

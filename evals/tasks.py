@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an evaluation asks and how it scores the answers: a list of samples and two functions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods that edit attention, set the prompt's mask, or act on the next token, one file each."""
 
 from vlm_attn.hallucination.agla import Agla

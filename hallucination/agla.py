@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AGLA: assembly of global and local attention (arXiv 2406.12718, CVPR 2025)."""
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from vlm_attn.method import ModelFacts, at_depth, check_range, layer_tuple
 @dataclass(frozen=True, kw_only=True)
 class Agla(Branch):
     """Add what the model says to a picture of which only the parts that the question looks at are left.
+
+    Overview:
+        in short: adds what it says to the parts that the question looks at
+        contrasts the next token with: adds what it says to a picture of which only what the question looks at is left
+        formula: `l + alpha l'`
+        needs: one grid per picture; with `clip=` also a processor and `vlm-attn[clip]`
 
     Equation:
         l -> l + alpha l'                                         l' with part of the picture; only tokens with p >= beta max p

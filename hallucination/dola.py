@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DoLa: decoding by contrasting layers (arXiv 2309.03883, ICLR 2024)."""
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ class Dola(Decoding):
     """Contrast with what an early layer would say.
 
     Of some early layers, each step and each row takes the one whose distribution is farthest from the model's.
+
+    Overview:
+        in short: contrasts with what an early layer would say
+        contrasts the next token with: what an early layer would say, the one that differs most
+        formula: `log p - log p_early`
 
     Equation:
         p_e = the p_j, j in layers, with the largest JSD(p, p_j)  JSD: Jensen-Shannon divergence

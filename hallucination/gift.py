@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GIFT: gaze-shift guided cross-modal fusion enhancement (arXiv 2510.22067).
 
 Where does the attention of the question's words *move* to on the image, word by word? Those places are boosted for
@@ -24,6 +25,13 @@ OTHER, VISUAL, QUERY, BOOSTED = range(4)  # segments; BOOSTED is VISUAL weighted
 @dataclass(frozen=True, kw_only=True)
 class Gift(Method):
     """Boost what the question looks at.
+
+    Overview:
+        in short: boosts what the question's words look at, and the question with it
+        what it does: finds where the question's words move attention to on the image, boosts these places and, by the
+            same ratio, the question
+        edits: last prompt row and generated rows, a band of layers
+        needs: a question behind the image
 
     Equation:
         dA[h, i, j] = max(A[h, i, j] - A[h, i - 1, j], 0)         i in the question, j in the image, saliency layers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guidance of PAI (arXiv 2407.21771, ECCV 2024): classifier-free guidance against the prompt without its picture."""
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ class Guidance(Branch):
     """Contrast with what the model says without the picture.
 
     The second half of PAI; ``["pai", "guidance"]`` is the whole of it.
+
+    Overview:
+        in short: contrasts with what it says without the picture
+        contrasts the next token with: what it says without the picture; `["pai", "guidance"]` is all of PAI
+        formula: `gamma (log p - log p') + log p'`
 
     Equation:
         gamma (log p - log p') + log p'                           p' without the picture; only tokens with p >= beta max p

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Heads-guided attention in the middle layers ("Devils in middle layers", arXiv 2411.16724, CVPR 2025).
 
 Heads disagree on what to look at; what they look at together, on average, is added to each of them.
@@ -16,6 +17,11 @@ from vlm_attn.method import Method, ModelFacts, at_depth, check_range, layer_tup
 @dataclass(frozen=True, kw_only=True)
 class HeadGuided(Method):
     """Add to every head what the heads look at on average.
+
+    Overview:
+        in short: adds to every head what the heads look at on average, in the middle layers
+        what it does: adds to every head's image logits the heads' mean size of them
+        edits: last prompt row and generated rows, middle layers
 
     Equation:
         s'[h, j] = s[h, j] + alpha mean_h |s[h, j]|               j in the image, before the softmax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ICD: instruction contrastive decoding (arXiv 2403.18715, Findings of ACL 2024)."""
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ class Icd(Contrastive):
 
     The second stream sees the same picture and the same prompt, with a prefix before the question that tells the model to be
     someone who sees badly.
+
+    Overview:
+        in short: contrasts with what it says under a disturbed instruction
+        contrasts the next token with: what it says when a prefix before the question disturbs it
+        formula: `(1 + alpha) l - alpha l'`
+        needs: a processor, or the prefix as token ids
 
     Equation:
         l -> (1 + alpha) l - alpha l(disturbed)                   only tokens with p >= beta max p

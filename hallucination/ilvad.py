@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ILVAD (arXiv 2605.20965): places of the image that come into view from one layer to the next are evidence.
 
 The model first writes a few tokens of an answer. What they begin to look at, layer by layer, is boosted when the answer is
@@ -31,6 +32,12 @@ HEADS = 0.5  # share of heads that is used, for the map and for each of the two 
 @dataclass(frozen=True, kw_only=True)
 class Ilvad(Method):
     """Boost the places that the model's own first words begin to look at, and text that looked there.
+
+    Overview:
+        in short: boosts what the model's own first words begin to look at, and text that looked there
+        what it does: writes a few words first; boosts the places that come into view from one layer to the next there,
+            and text by how much it looks at them
+        edits: last prompt row and generated rows, the middle two thirds of the layers
 
     Equation:
         a[l,j] = mean over the tokens and the half of the heads with the most image mass of A, j in the image

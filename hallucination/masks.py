@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention masks of the prompt: modality-mutual attention (AKI, arXiv 2503.02597) and its relatives.
 
 The mask is in force while the prompt runs; its keys and values stay in the cache, and every generated row sees all of
@@ -56,6 +57,10 @@ class _PromptMask(Method):
 class Mma(_PromptMask):
     """Let image tokens see the question behind them.
 
+    Overview:
+        in short: image tokens see the question
+        what it does: image tokens see the question behind them
+
     Equation:
         row i sees key j  where  j <= i  or  (i in an image and j in the question)
 
@@ -88,6 +93,10 @@ class Mma(_PromptMask):
 class Bidirectional(_PromptMask):
     """Let every prompt token see every token of the other modality.
 
+    Overview:
+        in short: tokens of either modality see all of the other
+        what it does: tokens of either modality see all of the other
+
     Equation:
         row i sees key j  where  j <= i  or  i and j are of two modalities, both in the prompt
 
@@ -102,6 +111,10 @@ class Bidirectional(_PromptMask):
 @dataclass(frozen=True, kw_only=True)
 class Croc(_PromptMask):
     """Let image tokens see each other in both directions.
+
+    Overview:
+        in short: image tokens see each other in both directions
+        what it does: image tokens see each other in both directions
 
     Equation:
         row i sees key j  where  j <= i  or  i and j are both image tokens
@@ -118,6 +131,10 @@ class Croc(_PromptMask):
 class VisionBlock(_PromptMask):
     """Let the tokens of one image see each other in both directions.
 
+    Overview:
+        in short: image tokens of one image see each other in both directions (as in Gemma 3)
+        what it does: tokens of one image see each other in both directions
+
     Equation:
         row i sees key j  where  j <= i  or  i and j are tokens of one image
 
@@ -132,6 +149,10 @@ class VisionBlock(_PromptMask):
 @dataclass(frozen=True, kw_only=True)
 class PrefixLm(_PromptMask):
     """Let every prompt token see the whole prompt.
+
+    Overview:
+        in short: the whole prompt sees itself (as in PaliGemma)
+        what it does: the whole prompt sees itself
 
     Equation:
         row i sees key j  where  j <= i  or  j is in the prompt

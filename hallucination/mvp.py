@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MVP: multi-view multi-path reasoning ("Look, compare, decide", arXiv 2408.17150, COLING 2025), for closed questions."""
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ class Mvp(Decoding):
 
     Each view captions the picture from another prompt: part by part, as a whole, plainly. With each caption before the
     question, the K likeliest first tokens are followed to an answer.
+
+    Overview:
+        in short: answers closed questions by certainty, over three captions of the picture
+        contrasts the next token with: nothing: scores closed answers over paths behind three captions of the picture
+        formula: sum of `p` times certainty
+        needs: a processor, an end token
 
     Equation:
         score(a) = sum_v weights[v] sum_k p_k c_k                 k: first tokens whose path answers a, in view v

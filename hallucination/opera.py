@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """OPERA: over-trust penalty and retrospection-allocation (arXiv 2311.17911, CVPR 2024), a beam search of its own."""
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ class Opera(Decoding):
 
     Each of a beam's likeliest tokens is run one step ahead. Of its attention in the last layer (the largest over heads, made to
     sum to 1) the part on the answer is followed: a column that stays high over the steps is an over-trusted token.
+
+    Overview:
+        in short: a beam search that avoids leaning on one token, and goes back
+        contrasts the next token with: nothing: a beam search that avoids tokens which lean on one earlier token of the
+            answer, and goes back
+        formula: logit minus the highest column product of attention
+        needs: no other method beside it
 
     Equation:
         phi   = max_c prod_t scale w[t, c]                        w: attention on the answer's column c, rows t from c on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PAI: pay attention to the image ("Paying more attention to image", arXiv 2407.21771, ECCV 2024).
 
 The row that the next token is read from attends by the image's logits raised by a share of their own size.
@@ -16,6 +17,11 @@ from vlm_attn.method import Method, ModelFacts, at_depth, check_flag, check_rang
 @dataclass(frozen=True, kw_only=True)
 class Pai(Method):
     """Raise what the last row's attention gives the image.
+
+    Overview:
+        in short: raises what the image gets, in the row that the next token is read from
+        what it does: raises every image logit by a share of its size, `s + alpha abs(s)`
+        edits: last prompt row and generated rows, nearly all layers
 
     Equation:
         s'[j] = s[j] + alpha |s[j]|                               j in the image, before the softmax

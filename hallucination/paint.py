@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PAINT ("Fixing imbalanced attention", arXiv 2501.12206): two kinds of image tokens are raised, each by its own share.
 
 The vision tower says which: its first layer looks at details (local tokens), its last but one at a few tokens that stand for
@@ -29,6 +30,15 @@ from vlm_attn.method import (
 @dataclass(frozen=True, kw_only=True)
 class Paint(Method):
     """Raise what the vision tower's CLS token looks at, early and late.
+
+    Overview:
+        in short: raises what the image tokens get that the vision tower's CLS token looks at, early and late (LLaVA,
+            LLaVA-NeXT, InternVL)
+        what it does: raises the logits of two sets of image tokens only, each by a share of its size: those the vision
+            tower's CLS token looks at in its first layer (`alpha`), and the few that stand out in the projected one
+            (`beta`)
+        edits: last prompt row and generated rows, nearly all layers
+        needs: a tower with a CLS token, as `visionzip`
 
     Equation:
         summary = { j : c[j] > Q3 + fence (Q3 - Q1) }             c attention of CLS in the projected layer, Q its quartiles

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VAF: visual amplification fusion ("ClearSight", arXiv 2503.13107, CVPR 2025).
 
 In the middle layers, where text and image meet, logits of image tokens are multiplied up and those of the system prompt
@@ -17,6 +18,11 @@ from vlm_attn.method import Method, ModelFacts, at_depth, check_range, layer_tup
 @dataclass(frozen=True, kw_only=True)
 class Vaf(Method):
     """Multiply the logits of the image up and those of the system prompt down.
+
+    Overview:
+        in short: multiplies the image's logits up and the system prompt's down, in the middle layers
+        what it does: multiplies image logits up and those before the image down
+        edits: text rows behind the image, a band of middle layers
 
     Equation:
         s'[j] = visual s[j]                                       j in the image, before the softmax

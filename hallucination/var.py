@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VAR: visual attention redistribution ("See what you are told: visual attention sink", arXiv 2503.03321, ICLR 2025).
 
 A few tokens, the sinks, draw attention without meaning. In heads that look at the image, part of what the sinks draw
@@ -35,6 +36,13 @@ TINY = 1e-20  # a head must look at more than sinks for their share to have some
 @dataclass(frozen=True, kw_only=True)
 class Var(Method):
     """Take attention from the sinks and give it to the rest of the image.
+
+    Overview:
+        in short: takes attention from sink tokens (found by massive dimensions or by direction), gives it to the image
+        what it does: takes attention from sink tokens and gives it to the rest of the image, in heads that look at the
+            image
+        edits: text rows behind the image, all layers but the last
+        needs: the sink dimensions of the language model
 
     Equation:
         sink(j) = max_d |x_j[d]| / RMS(x_j) >= tau                x_j what goes into the layer, d in sink_dims

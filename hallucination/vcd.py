@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VCD: visual contrastive decoding (arXiv 2311.16922, CVPR 2024)."""
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ class Vcd(Contrastive):
     """Contrast with what the model says to a noisy picture.
 
     What it says to noise as well comes from the language, not from the picture.
+
+    Overview:
+        in short: contrasts with what the model says to a noisy picture
+        contrasts the next token with: what the model says to a noisy picture
+        formula: `(1 + alpha) l - alpha l'`
+        needs: `pixel_values`
 
     Equation:
         x' = sqrt(a_t) x + sqrt(1 - a_t) noise                    the picture at step t = noise_step of a diffusion

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VHR: vision-aware head reinforcement ("Cracking the code of hallucination in LVLMs", arXiv 2412.13949, ACL 2025).
 
 A head whose output at the end of the prompt changes when the picture is taken away is one that looks: such heads are made
@@ -32,6 +33,11 @@ from vlm_attn.patching import engine_of, patched
 @dataclass(frozen=True, kw_only=True)
 class Vhr(Method):
     """Reinforce the heads whose output depends on the picture.
+
+    Overview:
+        in short: makes heads louder whose output depends on the picture
+        what it does: doubles the output of heads that depend on the picture
+        edits: all rows, the second and the last 14 of 32 layers
 
     Equation:
         VHD[h] = |o_h - o_h(without the picture)|                 o_h the head's output in the last prompt row

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention kernels of vlm_attn and their PyTorch twins, imported as ``vlm_attn.kernels``."""
 
 if __name__ == "kernels":

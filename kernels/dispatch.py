@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One entry per operation, several backends behind it: the first whose constraints the call meets is used.
 
 A backend says what it cannot do; asking for one by name that does not fit raises with its reason, before anything is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention whose logits get a bias per group of keys, decided from the mass each group holds.
 
 With ``M[b, s, n]`` the membership of key ``s`` in segment ``n`` and ``p`` the plain attention of a row, an edit is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The groups that split the keys of a row. Every part of the project uses these numbers."""
 
 from enum import IntEnum

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may attend to whom: masks over token groups and columns, defined once for every backend.
 
 A mask is an OR of clauses, a clause an AND of tests of the group, column and image of row and key. Because a mask is such a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton operations as torch sees them: registered with fake implementations, so that ``torch.compile`` keeps one graph.
 
 Annotations are real types here: torch reads the schemas from them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of many rows under a mask of ``masks.py``: prompts, cross attention, and canvases without causal order.
 
     logits = score(softcap(q k scale)) + log weight,   p = softmax over the keys the mask shows,   out = p v

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What some rows look at: attention rows, group masses, column sums and entropy of one layer.
 
 attention_rs = softmax_s(logits_rs)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slow, readable twins, in any float dtype up to float64: the oracle of every faster path.
 
 Segmented attention keeps, per head and row, for each segment its own log-sum-exp and normalised partial output; the

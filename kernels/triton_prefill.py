@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masked attention of a whole prompt, in Triton: online softmax over tiles of keys, tiles without a visible pair skipped.
 
 A mask of ``masks.py`` becomes part of the compiled kernel: its clauses are unrolled into comparisons of columns, groups

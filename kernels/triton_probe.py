@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What some rows look at, in Triton: attention, group masses, entropy and column sums, without a [Q, S] matrix of other rows.
 
 Two passes over K, none over V. The first leaves log-sum-exp, entropy and, per segment, ``sum_s p_s M_sn`` of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Segmented attention of a few rows, in Triton: one pass over K and V, then one small pass that recombines.
 
 The equations are those of ``reference.py``. The keys are cut into T chunks, which run side by side; every chunk leaves, per

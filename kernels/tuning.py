@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block sizes of the Triton kernels, as data: the first row that fits is used. No search at run time.
 
 Rows for compute capability 9 and 256 bytes (half precision, D 128) are the fastest of ten or six on an H200. The others have

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs of a model that denoises a canvas beside its prompt's cache (DiffusionGemma)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real processors of transformers with the special tokens and the form of well-known checkpoints, small and built here.
 
 The vocabularies are small: byte-level BPE, or BPE over characters with byte fallback as in SentencePiece, trained on a few

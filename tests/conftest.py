@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every test shares: one thread, no network, and a reason where a test needs what this machine has not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The conformance matrix over transformers' image-text-to-text mapping: ``python -m tests.families`` writes docs/families.md.
 
 Every family that can be built from config is built small, with random weights, and run with methods of three kinds: one that

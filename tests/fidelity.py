@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of what every method was compared with, made of ``docs/fidelity.toml``: ``python -m tests.fidelity`` writes it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared by the tests of the engine and of the methods: settings for the tiny models, runs, comparisons, margins."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An attention of the tests' own: eager, with a hand on the raw scores, on the probabilities
 after the softmax and on the heads' outputs. Shares nothing with the engine."""
 

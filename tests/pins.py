@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pins of behaviour, for work that must not change any: every method on every current family in several ways of running.
 
 A pin is what one cell gave: tokens and logits, or the words of the error. They depend on the machine's arithmetic, so they

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small real ``LlavaProcessor`` for the tiny LLaVA: word-level tokenizer, chat templates of two kinds, no download."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts of every form: what is asked, in which conversation, and which text is the question."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models of the families of transformers' image-text-to-text mapping, as data: what to change in a config of sizes
 that are small already, and what one image looks like.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model that sees, trained in seconds: it names the one object in a picture, of four.
 
 For tests that need answers which depend on the picture, but not the bundled model's quality or size.

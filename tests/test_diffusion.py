@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The denoising loop against a plain second one, its caches against no cache, methods on its steps, wrong input."""
 
 from __future__ import annotations

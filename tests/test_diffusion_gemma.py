@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DiffusionGemma: the encoder's prompt and every row of the canvas are edited, in the host's own ``generate``."""
 
 from __future__ import annotations

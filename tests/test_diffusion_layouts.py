@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny checkpoints written in the layouts of LLaDA-V, LaViDa and MMaDA load as stock models with the same numbers."""
 
 import json

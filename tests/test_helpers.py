@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The helpers that decide whether a test skips must not hide a fault of ours."""
 
 from __future__ import annotations

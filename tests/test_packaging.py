@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seven folders install as one import package, and the folder ``kernels`` does not shadow an installed ``kernels``."""
 
 import subprocess

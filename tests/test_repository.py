@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a repository of a library has besides code: versions that agree, workflows that name what exists, templates."""
 
 from __future__ import annotations
@@ -92,3 +93,9 @@ def test_hooks_name_what_exists() -> None:
     assert "ruff format" in entries
     for named in re.findall(r"tests/[\w/]+\.py", entries):
         assert (ROOT / named).exists(), named
+
+
+def test_every_source_file_names_its_licence() -> None:
+    from tests.headers import missing
+
+    assert [str(file.relative_to(ROOT)) for file in missing()] == [], "run: python -m tests.headers"

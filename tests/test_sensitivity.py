@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every constant of every method does something, and the documented neutral values do nothing: one table for all of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models with random weights, built from config: hosts for tests of the engine. No download, milliseconds a forward.
 
 ``FAMILIES`` maps a family to a function that builds ``(model, make_inputs)``; ``make_inputs(prompts)`` turns prompts into

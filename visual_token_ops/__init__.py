@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods that keep fewer visual tokens, or fewer keys per head, one file each."""
 
 from vlm_attn.visual_token_ops.cdpruner import CDPruner

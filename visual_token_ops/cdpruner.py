@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CDPruner: a set of tokens that differ, given the question (arXiv 2506.10967)."""
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from vlm_attn.visual_token_ops.divprune import cosine_distance
 @dataclass(frozen=True, kw_only=True)
 class CDPruner(ClipReducer):
     """Keep the likeliest set of a determinantal point process: relevant to the question, and different from each other.
+
+    Overview:
+        in short: tokens that differ, given the question, by a CLIP model of open_clip (extra `clip`)
+        keeps: the likeliest set of a determinantal point process, `r_i cos_ij r_j` with r the negated CLIP cosine of
+            patch and question; greedy
+        where: before the language model
+        needs: a processor, `vlm-attn[clip]`, pictures of one grid (LLaVA-1.5, Gemma 3, PaliGemma)
 
     Equation:
         L[i, j] = r_i cos(x_i, x_j) r_j                           r = -cos(patch, question), scaled to [0, 1]

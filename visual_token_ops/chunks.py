@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images in chunks: rows of the picture, tiles, or regions, for the methods that choose among them."""
 
 from __future__ import annotations

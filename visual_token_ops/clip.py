@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much every visual token has to do with the question, by CLIP's two towers: for methods whose model has no text side."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DivPrune: keep the tokens that are least alike (arXiv 2503.02175, CVPR 2025)."""
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from vlm_attn.reduction import Keep, Picture, Reducer
 @dataclass(frozen=True, kw_only=True)
 class DivPrune(Reducer):
     """Keep the most diverse visual tokens: greedy max-min over cosine distance of the projected features.
+
+    Overview:
+        in short: the tokens that are least alike
+        keeps: the tokens least alike, greedy max-min over cosine distance
+        where: before the language model
 
     Equation:
         next = argmax_i min_j (1 - cos(x_i, x_j))                 j kept so far; first: the one farthest from its nearest

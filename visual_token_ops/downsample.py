@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A smaller image: the baseline that many reducers do not beat (VTC-Bench, arXiv 2510.07143)."""
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from vlm_attn.reduction import Picture, Reducer
 @dataclass(frozen=True, kw_only=True)
 class Downsample(Reducer):
     """Average the grid of visual tokens down to a smaller one.
+
+    Overview:
+        in short: baseline: the averaged, smaller grid
+        keeps: averages of a smaller grid
+        where: before the language model
+        needs: an image that is one grid
 
     Equation:
         x'_c = mean of the x_j in cell c of a grid of at most keep n cells

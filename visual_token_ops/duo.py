@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DuoAttention: few heads need the whole context, the others the first and the latest tokens (arXiv 2410.10819, ICLR 2025)."""
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ from vlm_attn.method import ModelFacts, check_choice, check_range
 @dataclass(frozen=True, kw_only=True)
 class Duo(HeadMethod):
     """Streaming heads see a row's first ``sink`` and latest ``recent`` columns, full heads everything.
+
+    Overview:
+        in short: everything, or the first and the latest tokens, by a trained gate
+        which keys a head sees: full heads all, streaming heads the first `sink` and latest `recent` columns; the
+            `sparsity` share of KV heads with the smallest gates streams
+        rows: all
+        needs: gates, trained
 
     Equation:
         seen(i, j) = j <= i                                    full heads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FastV: after layer K most visual tokens are worth nothing to the last prompt token (arXiv 2403.06764, ECCV 2024)."""
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from vlm_attn.reduction import Keep, Picture, Reducer
 @dataclass(frozen=True, kw_only=True)
 class FastV(Reducer):
     """Keep what the last prompt token attends to in layer K - 1, from layer K on.
+
+    Overview:
+        in short: what the last prompt token attends to
+        keeps: what the last prompt token attends to in layer K - 1
+        where: before layer K
 
     Equation:
         score_j = mean_h A[h, last, j] in layer K - 1             the largest keep n stay from layer K on

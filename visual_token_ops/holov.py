@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HoloV: every part of the image keeps its share of tokens (arXiv 2510.02912, NeurIPS 2025)."""
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from vlm_attn.reduction import Keep, Picture, Reducer
 @dataclass(frozen=True, kw_only=True)
 class HoloV(Reducer):
     """Cut the image into chunks, give each a quota by its mean score, keep in each what CLS attends to most.
+
+    Overview:
+        in short: every part of the image its share, by CLS attention and variety
+        keeps: of every raster chunk its quota, by CLS attention
+        where: before the language model
+        needs: as `visionzip`
 
     Equation:
         score_j  = attention_weight a_j + variance_weight v_j     a: CLS attention, v: variance of cos(x_j, x) in the chunk

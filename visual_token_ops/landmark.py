@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """In the style of landmark attention (arXiv 2305.16300): every chunk of the image is opened, or seen as one summary."""
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from vlm_attn.visual_token_ops.chunks import best, chunks_of, mean_of, of_keys, 
 @dataclass(frozen=True, kw_only=True)
 class Landmark(HeadMethod):
     """Behind the prompt every head opens the image chunks whose landmarks it looks at most; the others are one key each.
+
+    Overview:
+        in short: the text, and the rows or tiles of the image that its query fits, the others as one mean key each (in
+            the paper's style)
+        which keys a head sees: all text, and the share `keep` of the image's rows (or tiles) whose mean key fits the
+            query best; a closed chunk is one key with `+ log n`
+        rows: from the last prompt token on
 
     Equation:
         open = the keep chunks c of the largest q mean_(j in c) k_j

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers that visual tokens bypass: their rows and keys are absent there, their states are carried past and put back.
 
 The study (arXiv 2511.15098, CVPR 2026 Findings) recommends it for models adapted from next-token ones, whose answers look at
@@ -17,6 +18,11 @@ from vlm_attn.reduction import Keep, Reducer
 @dataclass(frozen=True, kw_only=True)
 class LayerSkip(Reducer):
     """Keep visual tokens out of some layers.
+
+    Overview:
+        in short: all; they bypass some layers
+        keeps: all; they bypass some layers and are put back behind them
+        where: in `layers` (the upper half)
 
     Equation:
         left = 0 in layers, n in the others                       x_j behind such a layer = x_j before it

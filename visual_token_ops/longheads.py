@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LongHeads: every head looks at the chunks that suit it, here parts of images (arXiv 2402.10685, EMNLP 2024 Findings)."""
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from vlm_attn.visual_token_ops.chunks import best, chunks_of, gathered, of_keys,
 @dataclass(frozen=True, kw_only=True)
 class LongHeads(HeadMethod):
     """Behind the prompt every head sees the text and the image chunks that its query fits best.
+
+    Overview:
+        in short: the text, and the rows or tiles of the image that its query fits
+        which keys a head sees: all text, and the share `keep` of the image's rows (or tiles) whose pooled key fits the
+            query best
+        rows: from the last prompt token on
+        needs: the prompt in one piece
 
     Equation:
         w_j  = mean_(i in c) softmax_(j in c)(q_i k_j)          attention inside a chunk

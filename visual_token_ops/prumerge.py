@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA-PruMerge: keep what stands out for CLS, merge into each what is most like it (arXiv 2403.15388, ICCV 2025)."""
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ from vlm_attn.visual_token_ops.visionzip import patches
 @dataclass(frozen=True, kw_only=True)
 class PruMerge(Reducer):
     """Keep the tokens CLS attends to most, each with the tokens most like it added, and one more token for all that go.
+
+    Overview:
+        in short: what stands out for CLS, each with the tokens most like it added, and one token more for the rest;
+            `plus=True` adds evenly spaced ones
+        keeps: what CLS attends to, to each the 32 tokens most like it added by their attention, and one token more that
+            sums up what goes; with `plus=True` evenly spaced tokens as well
+        where: before the language model
+        needs: as `visionzip`
 
     Equation:
         kept: largest a_j                                         a = softmax(q_cls K^T / sqrt(D)), all heads as one

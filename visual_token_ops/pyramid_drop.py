@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PyramidDrop: fewer and fewer visual tokens, layer by layer (arXiv 2410.17247, CVPR 2025)."""
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ PUBLISHED = (8, 16, 24)  # of 32
 @dataclass(frozen=True, kw_only=True)
 class PyramidDrop(Staged):
     """Keep what the last prompt token is about to attend to, fewer at every stage.
+
+    Overview:
+        in short: what the last prompt token is about to attend to, fewer and fewer
+        keeps: what the last prompt token is about to attend to, the same share of the rest at each stage
+        where: before layers 8, 16, 24 of 32, scaled
 
     Equation:
         score_j = mean_h softmax(q_last k)[h, j]                  at every stage, before its layer

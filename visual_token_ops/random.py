@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random tokens: the baseline every reducer has to beat (UniPruneBench, arXiv 2511.02650, finds it strong)."""
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from vlm_attn.reduction import Picture, Reducer
 @dataclass(frozen=True, kw_only=True)
 class Random(Reducer):
     """Keep random visual tokens.
+
+    Overview:
+        in short: baseline: random tokens
+        keeps: random tokens
+        where: before the language model
 
     Equation:
         kept = a uniform draw of keep n of n tokens

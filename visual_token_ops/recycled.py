@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recycled attention: between full steps, look at what the last full step looked at (arXiv 2411.05787)."""
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ STATIC = "recycled counts steps, which a compiled step on a static cache cannot:
 @dataclass(frozen=True, kw_only=True)
 class Recycled(HeadMethod):
     """Every ``stride``-th row sees everything; the others see the keys it looked at most, and what came since.
+
+    Overview:
+        in short: what the last full step looked at most, and what came since
+        which keys a head sees: every `stride`-th row all, the others its top `keep` keys and what is newer
+        rows: from the last prompt token on
+        needs: no beams, no static cache
 
     Equation:
         top  = the keep largest keys of mean_(h in group) A[h, f]      f = the last full row

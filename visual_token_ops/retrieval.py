@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What heads do with a long context: which copy from it, which look at the object they name, how far they look.
 
 Retrieval heads: arXiv 2404.15574. Windowed distance (WAAD) and future attention (FAI): arXiv 2510.13554; the windows are those

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Region routing after BiFormer (arXiv 2303.08810, CVPR 2023), without training: a region looks at the regions that fit."""
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from vlm_attn.visual_token_ops.chunks import Chunks, best, chunks_of, mean_of, o
 @dataclass(frozen=True, kw_only=True)
 class Routed(HeadMethod):
     """Rows see the text, and of the images the regions that their block of rows is routed to.
+
+    Overview:
+        in short: the text, and the image regions that its block of rows is routed to
+        which keys a head sees: all text, and the share `keep` of `side` x `side` image regions with the largest product
+            of mean query and mean key
+        rows: all
+        needs: the prompt in one piece
 
     Equation:
         A^r  = Q^r (K^r)^T                      means of the queries of a block, and of the keys of a region

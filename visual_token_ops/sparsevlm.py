@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SparseVLM: the question's words rate the image; what is dropped is summed up (arXiv 2410.04417, ICML 2025)."""
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ PUBLISHED = {
 @dataclass(frozen=True, kw_only=True)
 class SparseVLM(Staged):
     """Keep what the text tokens that belong to the image attend to, in several layers.
+
+    Overview:
+        in short: what the question's relevant words attend to; the best of the rest summed up; `version=2` is
+            SparseVLM+
+        keeps: what the text tokens that belong to the image attend to; clusters of the best dropped tokens are put back
+            as their means (not in `version=2`, SparseVLM+)
+        where: behind layers 2, 6, 15 of 32, scaled
+        needs: text behind the image
 
     Equation:
         raters  = text tokens t with mean_j softmax_t(x_j e_t) above average

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Visual tokens that go while a masked-diffusion model denoises (study: arXiv 2511.15098, CVPR 2026 Findings).
 
 Later steps have more written words to lean on, so they can do with less of the image. Both methods act on the steps of
@@ -72,6 +73,12 @@ class _Timed(Reducer):
 class LateStep(_Timed):
     """Prune from a later denoising step on.
 
+    Overview:
+        in short: what another of these chooses, from a step on (masked-diffusion models)
+        keeps: what `reducer` chooses (`divprune`)
+        where: from the share `start_at` of the denoising steps on
+        needs: `vlm_attn.diffusion`
+
     Equation:
         left(s) = n while s < start_at S, then keep n             s of S denoising steps
 
@@ -104,6 +111,12 @@ class Progressive(_Timed):
     """Prune more with every denoising step: the share that stays falls linearly from 1 to ``keep``.
 
     Recommended by the study. A ``keep`` that is a number means the same share.
+
+    Overview:
+        in short: what another of these chooses, fewer at every step (masked-diffusion models)
+        keeps: what `reducer` chooses, fewer with every denoising step
+        where: while denoising
+        needs: `vlm_attn.diffusion`
 
     Equation:
         left(s) = (1 - (1 - keep) s / S) n                        s of S denoising steps

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ToMe: tokens that are alike become one inside the vision tower (arXiv 2210.09461, ICLR 2023)."""
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from vlm_attn.reduction import Picture, Reducer
 @dataclass(frozen=True, kw_only=True)
 class ToMe(Reducer):
     """Merge the most similar tokens in every layer of the vision tower: faster there, and fewer tokens go on.
+
+    Overview:
+        in short: tokens that are alike become one, in every layer of the vision tower (LLaVA, LLaVA-NeXT, PaliGemma)
+        keeps: the means of patches whose keys are alike, merged pair by pair in every layer
+        where: in the vision tower
+        needs: a tower of CLIP or SigLIP that hands on its patches one by one: LLaVA, LLaVA-NeXT, PaliGemma
 
     Equation:
         pairs = the r largest max_b cos(mean_h k_a, mean_h k_b)      a every second token, b the others

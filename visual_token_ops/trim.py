@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TRIM: keep the tokens that CLIP finds least like the question, as the released code ranks them (arXiv 2409.10994)."""
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ from vlm_attn.visual_token_ops.clip import ClipReducer
 @dataclass(frozen=True, kw_only=True)
 class Trim(ClipReducer):
     """Keep the tokens whose patch has the smallest product with the question, and the mean of all others as one more.
+
+    Overview:
+        in short: the patches with the smallest CLIP product with the question (the released code's sign), and the mean
+            of the rest (extra `clip`)
+        keeps: the patches whose CLIP product with the question is smallest, as the released code ranks them, and the
+            mean of all others
+        where: before the language model
+        needs: as `cdpruner`
 
     Equation:
         kept: largest softmax_j(-p_j . t)                         p: CLIP's projected patch, t: its text embedding

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VisionZip: what the vision tower itself looks at, and summaries of the rest (arXiv 2412.04467, CVPR 2025)."""
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from vlm_attn.reduction import Keep, Picture, Reducer, highest, others
 @dataclass(frozen=True, kw_only=True)
 class VisionZip(Reducer):
     """Keep dominant tokens, by the attention of the tower's CLS token, and contextual ones that take in the rest.
+
+    Overview:
+        in short: the tower's CLS token, what it looks at, and summaries of the rest (LLaVA, LLaVA-NeXT, InternVL)
+        keeps: the vision tower's CLS token and what it attends to (dominant), and evenly spaced tokens that take in the
+            rest (contextual)
+        where: before the language model
+        needs: a tower with a CLS token: LLaVA and LLaVA-NeXT with CLIP, InternVL
 
     Equation:
         dominant: the CLS token, and the largest a_j              a: the CLS token's attention

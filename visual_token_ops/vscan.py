@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VScan: scan the image globally and window by window, then prune once more inside (arXiv 2505.22654)."""
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from vlm_attn.visual_token_ops.holov import quota
 @dataclass(frozen=True, kw_only=True)
 class VScan(Staged):
     """Keep the best of every window and of the whole image, merge the rest; inside, keep what the last token attends to.
+
+    Overview:
+        in short: the best of every window and of the whole image, the rest merged; then what the last token attends to
+        keeps: half by window and half globally, by CLS attention, the rest averaged in; a third of them again by the
+            last token's attention
+        where: before the language model, and before layer 16 of 32, scaled
+        needs: as `visionzip`
 
     Equation:
         half: largest a5_j in every window                        a5: CLS attention of the tower's layer 5

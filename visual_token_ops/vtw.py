@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VTW: from layer K on the text knows what the image said, and the image can go (arXiv 2405.05803, AAAI 2025)."""
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from vlm_attn.reduction import Keep, Reducer, scaled
 @dataclass(frozen=True, kw_only=True)
 class VTW(Reducer):
     """Withdraw all visual tokens before layer K.
+
+    Overview:
+        in short: nothing
+        keeps: no visual token
+        where: before layer K
 
     Equation:
         left = n in layers below K, 0 from K on

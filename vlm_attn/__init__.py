@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention edits for Hugging Face vision-language models: one ``patch()``, native ``generate()``, exactly undone.
 
 model = vlm_attn.patch(model, method="gift", processor=processor)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Looking inside: what a question and each token of an answer look at, which tokens are sinks, what columns are taken for."""
 
 from __future__ import annotations

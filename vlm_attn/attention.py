@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attention function transformers calls in a patched model.
 
 It looks at the tag on the attention module. Without a tag, or with nothing to do in this layer and step, it goes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods that act on what is decoded: they contrast the model's logits with a second stream's, or steer ``generate``.
 
 They join the host's own ``generate`` as one of its logits processors, so greedy, sampling and beams stay the host's. A

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of one call of a patched model: what its prompt holds, how much of it has run, what the methods have read."""
 
 from __future__ import annotations

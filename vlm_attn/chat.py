@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a processor writes around a user's text, learned by asking it: it reads short conversations with known texts.
 
 transformers tells neither where the question stands nor which tokens an image becomes. Two conversations that differ in one

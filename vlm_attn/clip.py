@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A CLIP model of open_clip as a second opinion: which parts of a picture have to do with a text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tokens are sinks: two detectors behind one interface.
 
 A sink draws attention without meaning. It shows in the residual stream: by a few massive dimensions (VAR, arXiv 2503.03321), or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Carrying out what a reducer chooses, before any decoder layer.
 
 Columns stay what they are: the prompt's own. A reducer names the columns it keeps; from its layer on the others are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs methods inside a patched model: hooks on the model, its text model and its layers, and the bound ``generate``.
 
 A method that edits the last prompt row needs the whole prompt to have been read first. The prompt therefore runs as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the engine must know of a model family, as a table.
 
 A family that is not in the table still works if its text model, image token and decoder layers can be found by the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which keys every head sees: what a method that chooses them is, and how its choice is carried out.
 
 A method is shown a layer's queries and keys and says, per head and row, which keys are seen; it may add keys that stand for

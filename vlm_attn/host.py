@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one file that touches what transformers does not document: the implementation field, masks, cache internals.
 
 Every function here has a contract test, so that a new release of the host shows up as a red test with a name.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which column of the prompt is what: system text, image, question, template tail, padding.
 
 The layout covers the prompt only. Every column from the prompt's end on is GENERATED, whatever its token id, so

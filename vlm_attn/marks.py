@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``patch`` put into a model, and whether it is still there.
 
 A patch is a few settings of a model that others may overwrite: the name of an attention implementation, tags, hooks, layers.

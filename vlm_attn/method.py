@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a method is: a frozen dataclass that says what it reads and how it edits. One file each, see ``hallucination``."""
 
 from __future__ import annotations

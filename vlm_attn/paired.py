@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two streams in one forward: while ``generate`` decodes, a second stream's rows ride in the same batch.
 
 Decoding is bound by reading the weights, so a second stream costs little when it shares the forward of the first. Both

@@ -1,7 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """``patch`` and what undoes it."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ from vlm_attn.reduction import KeptImage, Reducer
 from vlm_attn.sharding import check_sharding, heads_of
 from vlm_attn.tower import FeatureHook, Merger, VisionHook
 
+LOGGER = logging.getLogger("vlm_attn")
 Model = TypeVar("Model", bound=nn.Module)
 MethodLike = str | Method | Sequence["str | Method"]
 _REFUSED_CALLS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -196,6 +199,7 @@ def patch(
     for name in ("generate", *_REFUSED_CALLS):
         if hasattr(type(model), name):  # a bound method would not pickle
             setattr(model, name, partial(_generate if name == "generate" else _refuse_batching, model, name))
+    LOGGER.info("patched %s with %s", type(model).__name__, ", ".join(map(repr, methods)))
     return wrapper
 
 
@@ -222,6 +226,7 @@ def unpatch(model: Model) -> Model:
         if getattr(patched_one.__dict__.get(name), "func", None) in (_generate, _refuse_batching):
             del patched_one.__dict__[name]
             patched_one.__dict__.update({name: engine.shadowed[name]} if name in engine.shadowed else {})
+    LOGGER.info("unpatched %s", type(patched_one).__name__)
     return model
 
 

@@ -1,8 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """Constants per checkpoint, as data files with their provenance."""
 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from vlm_attn.method import Method, ModelFacts
 from vlm_attn.registry import suggest
 
+LOGGER = logging.getLogger("vlm_attn")
 CALIBRATED = (
     "gift",
     "var",
@@ -134,4 +137,8 @@ def complete(method: Method, config: Any, facts: ModelFacts, preset: str | None)
             f"or preset= a preset's name or file (`vlm-attn calibrate` measures one for {', '.join(CALIBRATED)}). "
             f"Bundled presets: {', '.join(bundled())}"
         )
-    return replace(method, **{name: known[name] for name in missing})
+    found = {name: known[name] for name in missing}
+    LOGGER.info(
+        "%s: %s from %s", method.name, found, f"preset {preset!r}" if preset else "the preset that fits the model"
+    )
+    return replace(method, **found)

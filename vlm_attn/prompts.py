@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs that look like a prompt and are something else: what is refused, and what is said."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the user's question stands in a prompt: the last user turn's text after its last image, else its text before it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeping fewer visual tokens: what a reducer is, what it sees of an image, and what is told of its choice.
 
 How the choice is carried out is in ``dropping``, what is read of the vision tower in ``tower``.

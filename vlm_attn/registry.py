@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods by name. Nothing is imported until a name is asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Heads of a layer that are spread over processes (tensor parallelism): what a method sees and says is about all of them.
 
 Each process runs some heads of every layer. A method that chooses between heads or averages over them must see the

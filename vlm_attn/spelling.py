@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A prompt's token ids as one string, so that a template is recognised by its characters and special tokens.
 
 Token borders say little: `\\n` and `\\n\\n` are two tokens, ` blue` is another token than `blue`. In the string, a special

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is read of the vision tower (where its CLS token looks, its keys), and merging tokens inside it.
 
 Merged tokens are put back on all their patches behind the tower, so that the host finds as many features as the prompt has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whose turn it is: calls of one patched model run one after the other, also where one is cut short or the process forks."""
 
 from __future__ import annotations

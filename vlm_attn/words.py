@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which words of a question say what it is about: all but function words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Denoising: what caches, parallel decoding and pruning buy, and what they cost in quality.
 
 Two tables. *Speed* is of a LLaVA with random weights and fixed steps (confidence means nothing there): times beside the

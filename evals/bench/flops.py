@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Floating-point operations of a forward: one function for every transformer here, gated MLPs and grouped heads included."""
 
 from __future__ import annotations

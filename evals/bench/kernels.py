@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention kernels side by side, in one run: editing decode steps and masked prompts against what PyTorch has.
 
 Random tensors of real shapes. Every column of a case is first compared with float64; a column that is off by more than

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a method costs: patched-neutral and methods against the plain model, paired in one run.
 
 The model is a LLaVA with random weights (>= 0.1 B parameters, 576 visual tokens): speed does not depend on the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: a clock, the spread of ratios, and the record that they write."""
 
 from __future__ import annotations

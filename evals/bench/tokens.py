@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What keeping fewer visual tokens, or fewer keys per head, buys: every method against the plain model, paired in one run.
 
 The model is a LLaVA with random weights (see ``overhead``): speed does not depend on the weights. Beside each time stands the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scenes world: COCO-style pictures drawn on the fly, and a small LLaVA trained on them."""
 
 from pathlib import Path

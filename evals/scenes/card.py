@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every figure of the model card: `vlm-attn scenes card`.
 
 Three parts, all on one split: POPE and CHAIR of the plain model by the same code as `vlm-attn eval`; where captions

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `scenes-smol` learns to say: short captions, detailed captions, and yes/no questions.
 
 Frozen. Why the model hallucinates is fixed here, before any method was scored on it, and is not tuned to please one:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draw the sprite atlas once: `python draw_atlas.py FONT [--out data]` writes `atlas.png` and `atlas.json`.
 
 The font is Noto Color Emoji (SIL OFL 1.1), any version with bitmaps of 109 pixels. The atlas is part of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Look at the scenes world: pictures with their boxes, and what stands together with what."""
 
 from __future__ import annotations

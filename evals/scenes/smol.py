@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`scenes-smol`: the tower of the `scenes` model in front of SmolLM2-135M-Instruct, a pretrained language model.
 
 The package holds the projector and the low-rank adapters (`model_smol/adapter.safetensors`). The language model is taken

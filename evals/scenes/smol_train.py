@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train `scenes-smol`: `vlm-attn scenes train --language smollm2 --out DIR --minutes 90`.
 
 The tower of the bundled `scenes` model stays frozen, and so do the weights of SmolLM2-135M-Instruct. Two stages:

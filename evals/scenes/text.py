@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Words of the scenes world: prompts, conversations, and the tokenizer and processor of its model.
 
 The tokenizer is word-level: lower case, punctuation apart, one token per category name even where the name has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the scenes model: `python -m vlm_attn.evals.scenes.train --out DIR`.
 
 Three stages, each with a constant learning rate that falls to zero over the last fifth of its steps:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does it help to train with another mask? `python -m vlm_attn.evals.scenes.variants --out DIR` compares two or more.
 
 Modality-mutual attention (AKI, arXiv 2503.02597) is a trained method: the language model is trained under a causal mask

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scenes world, version 1: pictures of COCO categories composed from sprites by a seeded renderer.
 
 Frozen. The test split measures methods, so nothing here may change after the first method was scored; a changed

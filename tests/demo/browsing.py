@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests that drive the page in a browser share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page over HTTP, as gradio's own client calls it; no browser."""
 
 from __future__ import annotations

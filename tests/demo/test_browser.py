@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page in Debian's chromium."""
 
 from __future__ import annotations

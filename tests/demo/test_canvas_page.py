@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of a masked-diffusion model, over HTTP and in chromium. A page of its own: there is one in a process at a time."""
 
 from __future__ import annotations

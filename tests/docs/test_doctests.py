@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples of public docstrings run, with the bundled models under the names ``model``, ``processor`` and ``inputs``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The notebooks and the README's code run, with the bundled model in the place of a large one."""
 
 from __future__ import annotations

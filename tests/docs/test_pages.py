@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the documentation says: its code runs, its tables and pages are whole, and the site builds."""
 
 from __future__ import annotations
@@ -229,3 +230,28 @@ def test_site_loads_nothing_from_elsewhere(site: Path) -> None:
             r"<(?:script|img|link rel=\"(?:stylesheet|preconnect)\")[^>]*(?:src|href)=\"(http[^\"]*)", page.read_text()
         )
         assert loaded == [], page
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1400])
+def test_site_cuts_nothing(site: Path, width: int) -> None:
+    """Long lines of code go on below, equations are drawn, and only tables scroll."""
+    browsing = pytest.importorskip("tests.demo.browsing")
+    if browsing.CHROMIUM is None:
+        pytest.skip("there is no chromium on this machine")
+    with browsing.sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=browsing.CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        for page in ("quickstart", "methods/gift", "results"):
+            tab.goto((site / page / "index.html").as_uri())
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), page
+            cut = "[...document.querySelectorAll('pre > code')].filter(c => c.scrollWidth > c.clientWidth + 1).length"
+            assert tab.evaluate(cut) == 0, page
+            if page == "methods/gift":
+                assert tab.locator("table.equation math").count() > 10
+                low, high = (
+                    tab.locator(f"table.equation math {part}").first.bounding_box() for part in ("msub mi", "msub mrow")
+                )
+                assert high["y"] + high["height"] > low["y"] + low["height"], "a subscript is not drawn lower"
+            browsing.keep(tab, f"site-{page.replace('/', '-')}-{width}.png")
+        browser.close()

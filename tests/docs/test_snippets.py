@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every snippet of the pages: Python runs or at least names nothing that is not there, commands exist with their options."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two processes do at once in ``test_deployment``: data parallelism, and a model whose heads are spread over both."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The second stream: on the model's own inputs it must say what the model says, in every way of decoding, on every family."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a call hands to methods, on numbers written by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the question stands: read off chat templates, with real processors."""
 
 from __future__ import annotations

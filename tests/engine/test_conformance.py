@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every method must do on every family: nothing when neutral, something when active, the same in every way of decoding."""
 
 from __future__ import annotations

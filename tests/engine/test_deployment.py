@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forms that a model is deployed in: each works or is refused by name (docs/deployment.md lists them)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every family of the image-text-to-text mapping that can be built small: it works, or is refused with the reason."""
 
 from __future__ import annotations

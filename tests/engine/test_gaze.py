@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the model looks while it answers, and which tokens are sinks, against an eager attention of the tests' own."""
 
 from __future__ import annotations

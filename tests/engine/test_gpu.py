@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine on a CUDA device: the same answers as on the CPU."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contracts of ``host.py``: what the engine takes for granted about transformers, function by function.
 
 When a new release breaks one of these, it says which.

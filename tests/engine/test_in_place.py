@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A patch is a few settings of a model that others may overwrite: it is kept on, or each forward says what happened."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patched models on the Triton kernels, under their interpreter where there is no device, against the CPU's own path."""
 
 from __future__ import annotations

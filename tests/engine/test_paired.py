@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A second stream that shares the forwards of the first gives what it gives in forwards of its own."""
 
 from __future__ import annotations

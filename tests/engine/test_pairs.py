@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every ordered pair of built-in methods: both work together, or it is said why they do not."""
 
 from __future__ import annotations

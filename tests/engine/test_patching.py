@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``patch`` and what undoes it: nothing left behind, nothing shared, nothing half done."""
 
 from __future__ import annotations
@@ -595,3 +596,18 @@ class TestAccelerate:
     def test_wrappers_are_refused(self, llava: tiny.Built) -> None:
         with pytest.raises(TypeError, match="DataParallel"):
             vlm_attn.patch(torch.nn.DataParallel(llava[0]), "gift", **ACTIVE["gift"])
+
+
+def test_one_logger_tells_what_is_patched(llava: tiny.Built, caplog: pytest.LogCaptureFixture) -> None:
+    """At level INFO; nothing is printed by default."""
+    model = llava[0]
+    with caplog.at_level("INFO", logger="vlm_attn"), vlm_attn.patched(model, "pai", alpha=0.3):
+        pass
+    told = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert {name for name, _, _ in told} == {"vlm_attn"}
+    assert "alpha=0.3" in told[0][2]
+    assert told[-1][2] == f"unpatched {type(model).__name__}"
+    caplog.clear()
+    with vlm_attn.patched(model, "pai"):
+        pass
+    assert not caplog.records

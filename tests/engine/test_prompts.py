@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The question, the image's tokens and the answer's opening on prompts of every form, with processors of every kind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts that are something else than they look like: packed rows, labels, backward passes, text without an image."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saliency maps per family, and the presets' look-up."""
 
 from __future__ import annotations

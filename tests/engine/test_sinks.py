@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sinks by both detectors: their rules on small arrays, and what they find in a model with planted sinks, by hand."""
 
 from __future__ import annotations

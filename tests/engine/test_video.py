@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Videos: their tokens are VISUAL, every frame is a picture with a grid of its own, and methods act on them."""
 
 from __future__ import annotations

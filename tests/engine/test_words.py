@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which words of a question count for query_words="content"."""
 
 from __future__ import annotations

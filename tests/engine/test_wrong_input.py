@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrong calls: which error, does it name field, value and what is allowed, and is the model left as it was."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A COCO folder of drawn pictures and a tiny random LLaVA: everything an evaluation needs, in a second."""
 
 from __future__ import annotations

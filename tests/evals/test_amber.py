@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AMBER by hand-made records, by its own files, and through the command line."""
 
 from __future__ import annotations

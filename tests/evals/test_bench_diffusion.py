@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The denoising benchmark counts operations right and writes what it measures; its figures are not tested."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The token benchmark counts operations right and measures what it says; its figures are not tested."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The measurements behind a preset, against full attention maps of the same model."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The experiment behind the effect table: searched on one split, scored once on another, resumed where it stopped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Profiles of heads: the probe against full maps, gates that learn which head matters, presets that methods read."""
 
 from __future__ import annotations

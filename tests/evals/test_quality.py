@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIPScore with a CLIP of random weights, and MMHal's judge."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files as people have them: one reader for captions, answers and image ids."""
 
 from __future__ import annotations

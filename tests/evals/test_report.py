@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports: paired differences, tables, plots and the page of worst images."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that are killed, or given their images: the same results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers that exist already, scored without a model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AGLA: the augmented view from full eager attention, and decoding against full plain forwards of both views."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each edit of attention computes, on a few numbers, against the papers' equations in plain loops over NumPy arrays.
 
 The prompts are written as letters, one per column: P padding, S system or template text, V image, Q question, R the

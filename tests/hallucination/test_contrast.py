@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VCD, ICD and PAI's guidance: the equations by hand, and every way of decoding against full plain forwards of both prompts."""
 
 from __future__ import annotations

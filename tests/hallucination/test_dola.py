@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DoLa: the divergence and the contrast by hand, and decoding against the hidden states of full plain forwards."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GIFT: every step by hand, and the whole against two full prefills with eager attention."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ILVAD: its map and its weights by hand, the whole against full attention maps, and every way of decoding.
 
 It is not in the conformance matrix of all families: its heads are ranked by a ratio that is a tie where the evidence is all

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompt masks: against a mask written out by hand and given to the plain model, in every way of decoding."""
 
 from __future__ import annotations

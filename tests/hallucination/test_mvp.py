@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MVP: certainty by hand, and whole answers against plain forwards."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """OPERA: the penalty on a given matrix, and the search against one in plain Python over full forwards with attention maps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PAINT: its sets by hand, and the whole against the tower's own maps and an eager attention of our own."""
 
 from __future__ import annotations

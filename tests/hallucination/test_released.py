@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Against what the authors' released code gives for the same tiny model and prompts (float32): logits of every step.
 
 The released numbers lie beside the repository, see ``ORACLES``; without them these tests skip.

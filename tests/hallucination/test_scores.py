@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PAI, VAF and heads-guided attention: their equations on arrays, and each of them against an eager attention of our own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VAR: every step by hand, in the paper's form and in the released code's, and the whole against full eager attention."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VHR: divergences, the outlier rule and the choice of heads by hand, and the whole against an eager attention of our own."""
 
 from __future__ import annotations

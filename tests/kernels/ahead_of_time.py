@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel for a device that is not there; run by ``test_ahead_of_time.py``: ``ahead_of_time.py TARGET``.
 
 Prints a JSON list: kernel, matrix instructions, bytes of shared memory, bytes spilled to the stack.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launches every kernel once, on shapes that fill no block; run under compute-sanitizer by ``test_sanitizer.py``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Triton tests share: where they run or why they cannot, what error is allowed, buffers full of NaN."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kernel compiles for devices that are not here, uses matrix instructions, and fits the shared memory."""
 
 from __future__ import annotations

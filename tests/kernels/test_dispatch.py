@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend runs a call, what is refused and with which words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Edited attention against its segmented twin, and both against what they must mean."""
 
 from __future__ import annotations

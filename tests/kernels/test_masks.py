@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masks against small matrices written by hand, and the algebra they must obey."""
 
 from __future__ import annotations

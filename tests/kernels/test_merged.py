@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several edits as one, and score edits in the segmented kernel, against the reference."""
 
 from __future__ import annotations

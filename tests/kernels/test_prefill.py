@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masked attention against its twin in float64; see ``test_triton_segmented.py`` for what is allowed."""
 
 from __future__ import annotations

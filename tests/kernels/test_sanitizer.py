@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels touch no memory that is not theirs, and do not race."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The segmented kernels against their twins in float64: on the device where there is one, else under Triton's interpreter.
 
 A kernel may be off by twice what plain PyTorch in the same dtype is off, plus four roundings. Every buffer a kernel fills

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planted faults: small, plausible mistakes as data, and a command that says whether the tests notice each of them.
 
     python -m tests.mutation                    # all of them, minutes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The planted faults are still faults of what is there; whether tests notice them is for ``python -m tests.mutation``."""
 
 from __future__ import annotations

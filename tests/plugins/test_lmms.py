@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """lmms-eval finds the plugin and runs a task with a patched model; the answers are those of generate()."""
 
 from __future__ import annotations

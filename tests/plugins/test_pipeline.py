@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A patched model in a pipeline of transformers says what it says in generate()."""
 
 from __future__ import annotations

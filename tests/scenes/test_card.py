@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model card's figures: right on hand-made cases, and one command that writes them."""
 
 import json

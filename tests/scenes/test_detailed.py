@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What scenes-smol learns to say: true where it should be, and wrong at the rates that are written down."""
 
 import re

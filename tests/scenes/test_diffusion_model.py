@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bundled masked-diffusion model sees: it answers and describes, on the command line too."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures with boxes, and counts."""
 
 import numpy as np

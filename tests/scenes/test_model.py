@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bundled model: an ordinary Hugging Face folder that sees."""
 
 import numpy as np

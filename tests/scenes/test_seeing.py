@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seconds-to-train model of `tests/seeing.py` does see: tests that rely on it may assume so."""
 
 import numpy as np

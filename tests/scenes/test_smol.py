@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """scenes-smol: the trainer's own layers are transformers', resuming changes nothing, and the model is made once and whole."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training script: resuming changes nothing, and segments hide what they should."""
 
 import dataclasses

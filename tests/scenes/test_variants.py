@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The comparison of masks: one start, resumable, and intervals over seeds."""
 
 import pytest

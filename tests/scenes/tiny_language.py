@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stand-in for SmolLM2: a Llama of two layers with random weights, and a byte-level tokenizer with ChatML's tokens."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reducers that ask CLIP: a real open_clip model of two layers with random weights, saved to a file and loaded by name."""
 
 from __future__ import annotations

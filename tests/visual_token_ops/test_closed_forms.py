@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every reducer beside its paper's equation, worked out in NumPy here, on a few numbers of which each one matters."""
 
 from __future__ import annotations

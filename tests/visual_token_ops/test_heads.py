@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which keys every head sees: against masks of the tests' own, dropped against masked, on every family."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The choice of every reducer on small hand-made arrays; every constant, when changed, changes something."""
 
 from __future__ import annotations

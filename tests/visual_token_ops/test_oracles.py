@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reducers beside what their authors' released code gives for the same tensors, where these files are at hand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Positions of what is left: ``positions="packed"`` is the plain model on the shorter prompt, as most released code runs it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Taking visual tokens away: dropping equals masking equals an oracle of the tests' own, in every way of decoding."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Looking at heads: on maps made by hand, and on models."""
 
 from __future__ import annotations

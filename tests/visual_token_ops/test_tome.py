@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging inside the vision tower: against a tower of the test's own, exact where tokens are alike, and refused by name."""
 
 from __future__ import annotations

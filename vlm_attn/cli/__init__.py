@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: ``vlm-attn eval | report | score | experiment | calibrate | caption | demo | methods | bench ...``.
 
 This package imports only typer when it is loaded, so that help is quick; torch, the evaluations and everything

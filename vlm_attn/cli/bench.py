@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``vlm-attn bench``: each benchmark takes its own options."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands share: the app with its one-line errors, what is shown while they run, and late imports."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``vlm-attn data``: where the data of evaluations comes from, and whether it is all there."""
 
 from __future__ import annotations

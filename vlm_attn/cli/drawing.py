@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An attention mask as an image: axes, a coloured strip and a name per group, a legend."""
 
 from __future__ import annotations

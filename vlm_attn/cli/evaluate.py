@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``vlm-attn eval | report | score | calibrate``: measure and compare methods, and score answers that exist."""
 
 from __future__ import annotations

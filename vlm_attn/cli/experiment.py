@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``vlm-attn experiment``: settings searched on one split, every method scored once on another."""
 
 from __future__ import annotations

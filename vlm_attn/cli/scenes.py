@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``vlm-attn scenes``: the scenes world and its model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``vlm-attn methods | caption | mask | demo | doctor``: what there is, and what it does to a picture."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masked-diffusion decoding over LLaVA-style Hugging Face models: loop, caches, checkpoint layouts.
 
 answer = vlm_attn.diffusion.generate(model, inputs, steps=16, gen_length=32, block_length=32, cache="prefix")

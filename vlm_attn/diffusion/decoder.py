@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block-wise denoising of masked answers: LLaDA's loop (arXiv 2502.09992) over a stock LLaVA-style model.
 
 The answer starts as ``gen_length`` mask tokens behind the prompt. Block after block, step after step, the model reads the

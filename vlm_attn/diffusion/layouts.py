@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of LLaDA-V, LaViDa and MMaDA as stock Hugging Face models: their keys renamed, none of their code run.
 
 What is read: ``config.json`` and safetensors. What is built: a ``LlavaForConditionalGeneration`` (SigLIP tower, two-layer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One denoising step: which token every open position would get, how sure the model is of it, how many are written.
 
 LLaDA (arXiv 2502.09992, algorithm 5), Dream (arXiv 2508.15487) and LaViDa (arXiv 2505.16839).

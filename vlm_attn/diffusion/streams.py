@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The forwards of one prompt and its canvas: which rows run at a step, against which keys."""
 
 from __future__ import annotations
