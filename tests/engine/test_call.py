@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,15 +47,20 @@ class TestVision:
         call = self.call([2, 1, 1], [1.0, 1.5, 1.0, 1.5, 2.0, 2.0, 3.0, 3.0])
         assert [self.read(call, image) for image in range(3)] == [[1.0, 1.5], [2.0], [3.0]]
 
-    def test_a_later_turn(self) -> None:
-        """Images of earlier turns were not shown again; or they were, which the number of tiles says."""
-        call = self.call([1, 1], [5.0, 5.0], first=0)
-        images = call.prompt.images
-        object.__setattr__(call.prompt, "images", (images[0], ImageSpan(0, 3, 5, (1, 2))))
-        call.first = 3
-        assert self.read(call, 1) == [5.0]
-        call.seen[4] = [(torch.tensor([[1.0], [2.0]]), torch.tensor([[[10.0]], [[20.0]]]))]
-        assert self.read(call, 0) == [1.0]
+    @pytest.mark.parametrize(
+        ("shown", "wanted"),
+        [
+            ([6.0, 7.0], {1: [6.0], 2: [7.0]}),
+            ([6.0, 6.0, 7.0, 7.0], {1: [6.0], 2: [7.0]}),  # two beams
+            ([5.0, 6.0, 7.0], {0: [5.0], 1: [6.0], 2: [7.0]}),  # all of them once more
+        ],
+    )
+    def test_a_later_turn(self, shown: list[float], wanted: dict[int, list[float]]) -> None:
+        """The image of an earlier turn was not shown again; or it was, which the number of tiles says."""
+        call = self.call([1], shown, first=3)
+        later = [ImageSpan(0, 3, 4, (1, 1)), ImageSpan(0, 4, 5, (1, 1))]
+        call.prompt = replace(call.prompt, images=(*call.prompt.images, *later))
+        assert {image: self.read(call, image) for image in wanted} == wanted
 
     def test_nothing_was_read(self) -> None:
         with pytest.raises(ValueError, match="did not run in this call"):

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from vlm_attn.call import Call
-from vlm_attn.hallucination import Gift, HeadGuided, Ilvad, Pai, Paint, Vaf, Var, Vhr
+from vlm_attn.hallucination import Agla, Gift, HeadGuided, Ilvad, Pai, Paint, Vaf, Var, Vhr
+from vlm_attn.hallucination.agla import most
+from vlm_attn.hallucination.vhr import head_divergence
 from vlm_attn.kernels import Edit, ScoreEdit, edited_attention
 from vlm_attn.layout import ImageSpan, TokenLayout, build_layout, runs
 
@@ -270,6 +272,22 @@ def test_ilvad() -> None:
         assert method.edit(call, 0) is None
 
 
+def test_agla() -> None:
+    """What the question's words give each image token, summed over words, heads and layers, per sample; the best cells stay."""
+    random = np.random.default_rng(9)
+    rows = {layer: random.uniform(size=(4, HEADS, 3, LENGTH)) for layer in (0, 2)}
+    method, call = Agla(layers=(0, 2), keep=0.5), call_of()
+    assert method.read_rows(call).tolist() == [[7, 8, -1]] * 2 + [[6, 7, 8]] * 2
+    method.prompt_read(call, {layer: torch.tensor(value).float() for layer, value in rows.items()})
+    for number, (row, columns) in enumerate([(0, [1, 2]), (0, [4, 5]), (2, [2, 3, 4, 5])]):
+        words = 3 if row else 2
+        wanted = [sum(rows[layer][row, :, :words, j].sum() for layer in (0, 2)) for j in columns]
+        looks, _ = call.memory(method)[number]
+        assert looks.tolist() == pytest.approx(wanted, rel=1e-5)
+        best = sorted(range(len(columns)), key=lambda n: -wanted[n])[: len(columns) // 2]
+        assert most(looks, 0.5).nonzero().flatten().tolist() == sorted(best)
+
+
 @pytest.mark.parametrize("parity", [False, True])
 def test_var(parity: bool) -> None:
     """Sinks of text and image give up their share in open heads; the image without its sinks gets it in proportion."""
@@ -317,8 +335,6 @@ def test_vhr() -> None:
         for h in sorted(range(6), key=lambda h: -left[h])[:3]:
             wanted[sample, h] = 2.5
     assert wanted[1, 4] == 2.5
-    from vlm_attn.hallucination.vhr import head_divergence
-
     method, call = Vhr(alpha=2.5, layers=(1,)), call_of()
     heads = method.choose(*head_divergence(torch.tensor(seen), torch.tensor(blind)))
     call.memory(method)["heads"] = {1: heads}
