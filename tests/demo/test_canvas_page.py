@@ -43,11 +43,11 @@ def test_canvas(visit: Any) -> None:
     assert cells.count() == 32
     steps = [int(step) for step in cells.locator("small").all_inner_texts()]
     assert set(steps) == set(range(1, 17))
-    slider = tab.locator("#captions .run").first.locator("input[type=range]")
+    slider = tab.locator("#captions .run").first.locator("input.back")
     slider.focus()
     for _ in range(12):
         tab.keyboard.press("ArrowLeft")
-    sync_api.expect(tab.locator("#captions .run").first.locator("output")).to_have_text("4 of 16")
+    sync_api.expect(tab.locator("#captions .run").first.locator("input.back + output")).to_have_text("4 of 16")
     hidden = tab.locator("#captions .run").first.locator(".canvas li.open")
     assert hidden.count() == sum(step > 4 for step in steps)
     assert tab.locator("#captions .run").nth(1).locator(".canvas li.open").count() == 0
