@@ -516,8 +516,8 @@ class Engine:
         """End a bare forward (also after an exception, also after one that was refused before it began)."""
         if self.pairing is not None and self.pairing.running:
             return self.pairing.after(output)
-        held = self._turns.held if not self._depth else ()
-        if held and held[-1].frame is not None and held[-1].frame is running_forward():
+        held = self._turns.held
+        if not self._depth and held and held[-1].frame is not None and held[-1].frame is running_forward():
             self._end_bare()
 
     def before_text(

@@ -109,6 +109,7 @@ def test_pairs_that_failed(first: str, second: str) -> None:
         if second == "downsample":
             assert isinstance(found, str)
             assert "put downsample first" in found
-            assert isinstance(outcome(second, first, table), Tensor)
+            other = outcome(second, first, table)
+            assert isinstance(other, Tensor) or (first == "visionzip" and "has merged them before" in other)
         else:
             assert isinstance(found, Tensor)
