@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import vlm_attn
 from vlm_attn.evals.models import load_model
-from vlm_attn.evals.prompts import denoising
+from vlm_attn.evals.prompts import denoising, tokenized
 from vlm_attn.evals.specs import BASELINE, parse_specs
 
 MAX_NEW_TOKENS = 1024  # where a task sets none
@@ -89,8 +89,8 @@ class Patched(lmms):
         """Answers in the order of the requests; those with the same options run in batches."""
         alike: dict[str, list[int]] = {}
         asked = [self._asked(request) for request in requests]
-        for number, (_, pictures, options) in enumerate(asked):
-            alike.setdefault(json.dumps([options, bool(pictures)], sort_keys=True, default=str), []).append(number)
+        for number, (_, pictures, options, _) in enumerate(asked):
+            alike.setdefault(json.dumps([options, pictures], sort_keys=True, default=str), []).append(number)
         answers = [""] * len(asked)
         with tqdm(total=len(asked), disable=self.rank != 0, desc="vlm_attn") as bar:
             for numbers in alike.values():
@@ -111,8 +111,8 @@ class Patched(lmms):
         """Not there."""
         raise NotImplementedError("vlm_attn takes tasks of one round")
 
-    def _asked(self, request: Any) -> tuple[str, list[Any], dict[str, Any]]:
-        """Prompt, pictures and options of a request.
+    def _asked(self, request: Any) -> tuple[str, bool, dict[str, Any], list[Any]]:
+        """Prompt, whether it holds pictures, options and messages of a request.
 
         Raises:
             NotImplementedError: it holds video or sound.
@@ -122,15 +122,14 @@ class Patched(lmms):
         pictures, *others = messages.extract_media()
         if any(others):
             raise NotImplementedError(f"task {task} has video or sound: vlm_attn takes pictures and text")
-        text = self.processor.apply_chat_template(messages.to_hf_messages(), add_generation_prompt=True, tokenize=False)
-        return text, pictures, options
+        chat = messages.to_hf_messages()
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return text, bool(pictures), options, chat
 
     @torch.inference_mode()
-    def _answer(self, batch: Sequence[tuple[str, list[Any], dict[str, Any]]]) -> list[str]:
-        texts, pictures, (options, *_) = zip(*batch, strict=True)
-        inputs = self.processor(
-            text=list(texts), images=list(pictures) if pictures[0] else None, padding=True, return_tensors="pt"
-        ).to(self.model.device, self.model.dtype)
+    def _answer(self, batch: Sequence[tuple[str, bool, dict[str, Any], list[Any]]]) -> list[str]:
+        _, _, (options, *_), chats = zip(*batch, strict=True)
+        inputs = tokenized(self.processor, chats).to(self.model.device, self.model.dtype)
         chosen = {"max_new_tokens": MAX_NEW_TOKENS} | {k: options[k] for k in PASSED_ON if k in options}
         sample = bool(options.get("do_sample", True)) and (chosen.get("temperature") or 0) > 0
         if not sample:  # settings of sampling would only cause warnings

@@ -3,23 +3,54 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
-#: For processors without a chat template: the manner of LLaVA-1.5.
-PLAIN_TEMPLATE = "USER: {image}\n{text} ASSISTANT:"
+from vlm_attn.chat import PLAIN_TEMPLATE, has_template
+
+#: Prompts of processors without a chat template, as the checkpoints' model cards write them. Others get `PLAIN_TEMPLATE`.
+CARD_TEMPLATES = {
+    "PaliGemmaProcessor": "{image}{text}"
+}  # the text is a task, such as "answer en Is there a dog?" or "caption en"
 
 
 def chat_prompt(processor: Any, text: str) -> str:
     """The prompt string of one image and one user text, up to where the answer begins."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    if has_template(processor):
+        return processor.apply_chat_template([_asked(text)], add_generation_prompt=True, tokenize=False)
+    kind = type(processor).__name__
+    if kind not in CARD_TEMPLATES:
+        _say_once(
+            f"{kind} has no chat template: prompts have the form {PLAIN_TEMPLATE!r}, which this checkpoint may not know"
         )
-    return PLAIN_TEMPLATE.format(image=getattr(processor, "image_token", "<image>"), text=text)
+    return CARD_TEMPLATES.get(kind, PLAIN_TEMPLATE).format(
+        image=getattr(processor, "image_token", "<image>"), text=text
+    )
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _asked(text: str, **image: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": text}]}
+
+
+def tokenized(processor: Any, chats: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
+    """A padded batch of conversations with their pictures, written and tokenised by the processor's chat template."""
+    return processor.apply_chat_template(
+        [list(chat) for chat in chats],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
 
 
 def build_inputs(model: Any, processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
@@ -36,12 +67,15 @@ def build_inputs(model: Any, processor: Any, images: Sequence[Image.Image], text
     """
     if len(images) != len(texts):
         raise ValueError(f"{len(images)} images but {len(texts)} texts: one of each per row is needed")
-    inputs = processor(
-        images=[[image] for image in images],
-        text=[chat_prompt(processor, text) for text in texts],
-        padding=True,
-        return_tensors="pt",
-    )
+    if has_template(processor):
+        inputs = tokenized(processor, [[_asked(text, image=image)] for image, text in zip(images, texts, strict=True)])
+    else:
+        inputs = processor(
+            images=[[image] for image in images],
+            text=[chat_prompt(processor, text) for text in texts],
+            padding=True,
+            return_tensors="pt",
+        )
     return inputs.to(model.device, model.dtype)
 
 

@@ -109,7 +109,7 @@ class Agla(Branch):
         looks = sum((rows[layer] * valid).sum((1, 2)) for layer in self.layers)
         times = len(looks) // call.prompt.batch  # type: ignore[arg-type]  # beams
         for number, image in enumerate(call.prompt.images):
-            call.memory(self)[number] = looks[image.row * times, image.start : image.stop], 0.0  # type: ignore[index]
+            call.memory(self)[number] = looks[image.row * times, image.columns.to(looks.device)], 0.0  # type: ignore[index]
 
     def refuse(self, run: Run) -> None:
         """One block of pixels for every picture, whose tokens form a grid."""
@@ -117,7 +117,9 @@ class Agla(Branch):
         pixels, grid = run.inputs.get("pixel_values"), run.inputs.get(PIXELS["pixel_values"])
         images = run.call.prompt.images
         held = len(grid) if grid is not None else len(pixels) if pixels is not None and pixels.ndim == 4 else None
-        whole = all(image.grid[0] * image.grid[1] == image.stop - image.start for image in images)
+        whole = all(
+            image.grid[0] * image.grid[1] == image.stop - image.start for image in images
+        )  # no row breaks either
         if pixels is None or "pixel_values_videos" in run.inputs:
             raise ValueError("agla changes pictures, no videos: pass pixel_values to generate()")
         if held != len(images) or not whole or any(image.grid[0] == 1 for image in images):

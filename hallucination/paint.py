@@ -108,7 +108,7 @@ class Paint(Method):
         local, summary = token_sets(*attention, share=self.share, fence=self.fence)
         image = call.prompt.images[number]
         weight = call.memory(self)["weight"]
-        weight[image.row, image.start : image.stop] = self.alpha * local + self.beta * summary
+        weight[image.row, image.columns.to(weight.device)] = self.alpha * local + self.beta * summary
 
     def edit(self, call: Call, layer: int) -> ScoreEdit | None:
         """``s + w |s|`` on the image."""

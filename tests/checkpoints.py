@@ -8,6 +8,7 @@ template from the folder of shared material, where there is one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
+
+from tests import rows
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "templates"
 _WORDS = """what is it? which colour has the dog in the image? describe this image in detail. Where is the red cup?
@@ -258,6 +261,8 @@ class Checkpoint:
         options: of the tokenizer.
         shared: name of the real template's file.
         video: whether its processor takes videos.
+        config: the model's config that fits, as :func:`tests.rows.build` takes changes; a string is a token whose id is meant.
+            None = the stock model cannot be run.
         system: whether its template takes a system message, as a list of parts or as text.
     """
 
@@ -271,6 +276,7 @@ class Checkpoint:
     shared: str = ""
     video: bool = False
     system: str = "parts"
+    config: Mapping[str, Any] | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The small tokenizer."""
@@ -284,6 +290,19 @@ class Checkpoint:
     def processor(self, template: str | None = None) -> Any:
         """The processor, with this template instead of ours."""
         return self.make(self.tokenizer(), template or self.template)
+
+    def model(self) -> Any:
+        """A tiny model with random weights whose ids and sizes are the processor's."""
+        own = self.processor().tokenizer
+
+        def ids(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: ids(inner) for key, inner in value.items()}
+            return own.convert_tokens_to_ids(value[3:]) if isinstance(value, str) and value.startswith("id:") else value
+
+        text: dict[str, Any] = {"vocab_size": len(own) + 8, "max_position_embeddings": 4096}
+        model, _ = rows.build(self.model_type, rows.merged({"text_config": text}, ids(self.config)))
+        return model
 
 
 def _clip(side: int = 28) -> Any:
@@ -371,13 +390,13 @@ def _gemma4(own: Any, template: str | None) -> Any:
 
 
 def _idefics3(own: Any, template: str | None) -> Any:
-    images = transformers.Idefics3ImageProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    images = transformers.Idefics3ImageProcessor(size={"longest_edge": 84}, max_image_size={"longest_edge": 28})
     return transformers.Idefics3Processor(images, own, image_seq_len=4, chat_template=template)
 
 
 def _smolvlm(own: Any, template: str | None) -> Any:
     return transformers.SmolVLMProcessor(
-        transformers.SmolVLMImageProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
+        transformers.SmolVLMImageProcessor(size={"longest_edge": 84}, max_image_size={"longest_edge": 28}),
         own,
         transformers.SmolVLMVideoProcessor(size={"longest_edge": 28}, fps=1, num_frames=4),
         image_seq_len=4,
@@ -440,6 +459,70 @@ _EOU = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utteran
 _MISTRAL = ("[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 _BOS: Mapping[str, str] = {"bos_token": "<s>", "eos_token": "</s>"}
 _GEMMA: Mapping[str, str] = {"bos_token": "<bos>", "eos_token": "<eos>"}
+
+_IMAGE = {"image_token_id": "id:<image>", "image_token_index": "id:<image>"}
+_SMALL = {"image_size": 28, "patch_size": 7}
+_PINPOINTS = [[28, 56], [56, 28], [56, 56]]
+_QWEN_IDS = {"image_token_id": "id:<|image_pad|>", "video_token_id": "id:<|video_pad|>",
+             "vision_start_token_id": "id:<|vision_start|>", "vision_end_token_id": "id:<|vision_end|>"}  # fmt: skip
+CONFIGS: dict[str, Mapping[str, Any]] = {
+    "llava-1.5": _IMAGE | {"vision_config": _SMALL},
+    "llava-next-vicuna": _IMAGE | {"vision_config": _SMALL, "image_grid_pinpoints": _PINPOINTS},
+    "llava-next-mistral": _IMAGE | {"vision_config": _SMALL, "image_grid_pinpoints": _PINPOINTS},
+    "llava-onevision": _IMAGE
+    | {"vision_config": _SMALL, "image_grid_pinpoints": _PINPOINTS, "video_token_id": "id:<video>"},
+    "qwen2.5-vl": _QWEN_IDS | {"vision_config": {"patch_size": 14, "window_size": 112}},
+    "qwen3-vl": _QWEN_IDS | {"vision_config": {"patch_size": 16}},
+    "qwen3.5": _QWEN_IDS | {"vision_config": {"patch_size": 16}},
+    "qwen3.5-nothink": _QWEN_IDS | {"vision_config": {"patch_size": 16}},
+    "internvl3": {
+        "image_token_id": "id:<IMG_CONTEXT>",
+        "vision_config": {"image_size": [28, 28], "patch_size": [7, 7]},
+    },
+    "gemma3": {
+        "image_token_index": "id:<image_soft_token>",
+        "image_token_id": "id:<image_soft_token>",
+        "boi_token_index": "id:<start_of_image>",
+        "eoi_token_index": "id:<end_of_image>",
+        "mm_tokens_per_image": 16,
+        "vision_config": {"image_size": 56, "patch_size": 7},
+    },
+    "gemma4": {
+        "image_token_id": "id:<|image|>",
+        "video_token_id": "id:<|video|>",
+        "vision_config": {"patch_size": 16, "pooling_kernel_size": 3, "position_embedding_size": 256},
+    },
+    "idefics3": _IMAGE | {"scale_factor": 2, "vision_config": _SMALL},
+    "smolvlm": _IMAGE | {"scale_factor": 2, "vision_config": _SMALL},
+    "pixtral": {
+        "image_token_id": "id:[IMG]",
+        "image_token_index": "id:[IMG]",
+        "vision_config": {"model_type": "pixtral", "image_size": 112, "patch_size": 14},
+        "vision_feature_select_strategy": "full",
+    },
+    "mistral3": {
+        "image_token_id": "id:[IMG]",
+        "image_token_index": "id:[IMG]",
+        "spatial_merge_size": 2,
+        "vision_config": {"image_size": 112, "patch_size": 14},
+    },
+    "glm-4v": {
+        "image_token_id": "id:<|image|>",
+        "video_token_id": "id:<|video|>",
+        "image_start_token_id": "id:<|begin_of_image|>",
+        "image_end_token_id": "id:<|end_of_image|>",
+        "video_start_token_id": "id:<|begin_of_video|>",
+        "video_end_token_id": "id:<|end_of_video|>",
+        "vision_config": {"patch_size": 14},
+    },
+    "aya-vision": {
+        "image_token_id": "id:<|IMG_PATCH|>",
+        "image_token_index": "id:<|IMG_PATCH|>",
+        "downsample_factor": 2,
+        "vision_config": {"image_size": 56, "patch_size": 14},
+    },
+    "paligemma": _IMAGE | {"vision_config": _SMALL},
+}
 
 CHECKPOINTS: dict[str, Checkpoint] = {
     "llava-1.5": Checkpoint("llava", "spaces", VICUNA, _llava, ("<image>",), options=_BOS, shared="llava_vicuna"),
@@ -515,3 +598,4 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     ),
     "paligemma": Checkpoint("paligemma", "pieces", None, _paligemma, ("<image>",), options=_GEMMA),
 }  # fmt: skip
+CHECKPOINTS = {name: dataclasses.replace(one, config=CONFIGS.get(name)) for name, one in CHECKPOINTS.items()}

@@ -67,10 +67,8 @@ def chunks_of(
         of = torch.full((call.prompt.batch, call.prompt.length + 1), -1, dtype=torch.long)
         count = [0] * call.prompt.batch
         for image in call.prompt.images:
-            h, w = image.grid
-            first = image.start + image.first
             chunk = cell(image)
-            of[image.row, first : first + h * w] = chunk + count[image.row]
+            of[image.row, image.cell_columns] = chunk + count[image.row]
             count[image.row] += int(chunk.max()) + 1
         most = int(torch.stack([(of == c).sum(1).max() for c in range(max(count))]).max()) if any(count) else 1
         columns = torch.zeros(len(of), max(1, *count), most, dtype=torch.long)

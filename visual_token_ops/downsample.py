@@ -39,7 +39,7 @@ class Downsample(Reducer):
         """Refuse images without a grid, or with one that another method has made holes in."""
         super().start(call, processor)
         before = [m for m in call.methods[: call.methods.index(self)] if isinstance(m, Reducer)]
-        sizes = {image.stop - image.start for image in call.prompt.images}
+        sizes = {image.total for image in call.prompt.images}
         taken = [
             m.name
             for m in before
@@ -51,7 +51,7 @@ class Downsample(Reducer):
                 "first, or choose one of them"
             )
         for number, image in enumerate(call.prompt.images):
-            (h, w), tokens = image.grid, image.stop - image.start
+            (h, w), tokens = image.grid, image.total
             if h * w != tokens or min(h, w) == 1:
                 raise ValueError(
                     f"downsample: the {tokens} tokens of image {number} (row {image.row}) form no grid that could be averaged "

@@ -131,10 +131,9 @@ def visual_retrieval_heads(
     if not 0 <= image < len(images):
         raise ValueError(f"image={image}: the prompt has {len(images)} images")
     span = images[image]
-    first = span.start + span.first
-    on_grid = maps[..., first : first + span.grid[0] * span.grid[1]]
+    on_grid = maps[..., span.cell_columns.to(maps.device)]
     hits = torch.stack([in_box(on_grid[:, :, step].argmax(-1), span.grid, box) for step, box in mentions])
-    mass = torch.stack([maps[:, :, step, span.start : span.stop].sum(-1) for step, _ in mentions])
+    mass = torch.stack([maps[:, :, step, span.columns.to(maps.device)].sum(-1) for step, _ in mentions])
     return hits.float().mean(0), mass.mean(0)
 
 

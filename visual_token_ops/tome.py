@@ -50,7 +50,7 @@ class ToMe(Reducer):
     def start(self, call: Call, processor: Any) -> None:
         """Check that a count means one share: the tower runs all pictures at once."""
         super().start(call, processor)
-        totals = sorted({i.stop - i.start for i in call.prompt.images if i.start >= call.first})
+        totals = sorted({i.total for i in call.prompt.images if i.start >= call.first})
         if isinstance(self.keep, int) and len(totals) > 1:
             raise ValueError(
                 f"tome: keep={self.keep} is a count, but the images have {totals} tokens and go through the tower together: "

@@ -452,9 +452,8 @@ def _on_images(call: Call, values: Tensor) -> list[Tensor]:
     """One number per prompt column ``[B, P]`` as one map ``[h, w]`` per image."""
     found = []
     for image in call.prompt.images:
-        h, w = image.grid
-        first = image.start + image.first
-        found.append(values[image.row, first : first + h * w].reshape(h, w).float().cpu())
+        columns = image.cell_columns.to(values.device)
+        found.append(values[image.row, columns].reshape(image.grid).float().cpu())
     return found
 
 

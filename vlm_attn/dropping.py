@@ -102,7 +102,7 @@ class Reduction:
         """What is left of every image."""
         kept = []
         for n, image in enumerate(images):
-            total = image.stop - image.start
+            total = image.total
             owner = self.owners[n].cpu() if n in self.owners else torch.arange(total)
             stages = tuple(self.stages.get(n, ()))
             kept.append(KeptImage(n, image.row, image.grid, image.first, total, stages, owner, cells(config, image)))
@@ -284,10 +284,10 @@ def _choose(
         if image.start < call.first:
             continue  # reduced in an earlier turn
         row = image.row * times
-        columns = torch.arange(image.start, image.stop, device=state.visible.device)
-        columns = columns[state.visible[row, columns]]
+        columns = image.columns.to(state.visible.device)
+        seats = state.visible[row, columns].nonzero().flatten()
+        columns = columns[seats]
         index = _place(state, row, columns - call.first)
-        seats = columns - image.start
         places = state.moved[number][seats] if number in state.moved else seats  # which tokens sit there
         seen = [on_tokens(engine.model_config, image, *call.vision(number, layer)) for layer in method.cls_layers]
         patches = on_tokens(engine.model_config, image, *call.vision(number, MERGED)) if method.merges else None
@@ -296,8 +296,8 @@ def _choose(
         picture = Picture(
             tokens=hidden[row, index],
             places=places,
-            total=image.stop - image.start,
-            count=min(method.left_at(stage, image.stop - image.start, call.progress), len(columns)),
+            total=image.total,
+            count=min(method.left_at(stage, image.total, call.progress), len(columns)),
             stage=stage,
             memory=call.memory(method).setdefault(number, {}),
             grid=image.grid,
@@ -432,7 +432,7 @@ def thin(call: Call, cache: Any) -> bool:
         chosen = picture.places[picked]
         gone = torch.ones(picture.total, dtype=torch.bool, device=visible.device)
         gone[chosen] = False
-        visible[image.row, image.start : image.stop] &= ~gone
+        visible[image.row, image.columns.to(visible.device)[gone]] = False
         state.stages.setdefault(number, []).append((0, chosen.cpu()))
         state.hand_over(number, picture.total, picture.places, method.owners(picture, picked))
     if visible.equal(state.layers[0].visible):

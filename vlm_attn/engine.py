@@ -25,7 +25,7 @@ from vlm_attn import dropping, heads, host, prompts
 from vlm_attn.branch import Decoding, Run
 from vlm_attn.call import Call, PromptMask
 from vlm_attn.chat import ChatTemplate
-from vlm_attn.families import family_of, image_token_ids, split_images, split_videos, video_token_ids
+from vlm_attn.families import family_of, image_token_ids, split_images, split_videos, video_columns
 from vlm_attn.kernels import Edit, ScoreEdit, merged, triton_first
 from vlm_attn.kernels.masks import Mask
 from vlm_attn.layout import Span, build_layout, check_span, is_span, padding, per_row, runs, visual_columns
@@ -272,7 +272,7 @@ class Engine:
         methods = self._with_image(visual)
         prompts.check_packed(inputs, (batch, length), mask, visual)
         query, role = self._question(ids, mask, visual, first, spans.get("query"))
-        images = split_images(self.model_config, [runs(row) for row in visual & ~video], inputs)
+        images = split_images(self.model_config, [runs(row) for row in visual & ~video], inputs, ids)
         images += split_videos(self.model_config, [runs(row) for row in video], inputs)
         images = tuple(sorted(images, key=lambda image: (image.row, image.start)))
         layout = build_layout(visual, mask, query, role, images)
@@ -310,7 +310,7 @@ class Engine:
                     start, stop = check_span(span, row, first[row], size[1], "visual")
                     visual[row, start:stop] = True
         elif isinstance(ids, Tensor) and ids.shape == size:
-            video = visual_columns(ids, video_token_ids(self.model_config))
+            video = video_columns(self.model_config, ids)
             visual = visual_columns(ids, image_token_ids(self.model_config)) | video
         else:
             raise ValueError(

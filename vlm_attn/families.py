@@ -15,19 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from vlm_attn import host
-from vlm_attn.layout import ImageSpan, Span
+from vlm_attn.layout import ImageSpan, Span, visual_columns
+from vlm_attn.tiles import Join, Tiled, rows_of_one, rows_together, tiles_by_pixels, tiles_of_one, tiles_together
 from vlm_attn.method import Wide
 
 # (config, call inputs, row-major index of the image, tokens of the run) -> grid and index of its first token
 Grid = tuple[tuple[int, int], int]
 Size = tuple[int, int]
 GridRule = Callable[[Any, Mapping[str, Any], int, int], Grid]
+# (config, call inputs, runs of a row, row, images in the rows before) -> runs, each of one image
+CutRule = Callable[[Any, Mapping[str, Any], Sequence[Span], int, int], Sequence[Span]]
 # (config, call inputs, row-major index of the video) -> frames, and the grid of each; None = not known
 FrameRule = Callable[[Any, Mapping[str, Any], int], tuple[int, tuple[int, int]] | None]
-
-
-def _no_grid(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
-    return (1, tokens), 0
 
 
 def _square(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
@@ -52,12 +51,16 @@ def _overview_first(config: Any, inputs: Mapping[str, Any], image: int, tokens: 
     return ((side, side), 0) if side * side <= tokens else ((1, tokens), 0)
 
 
+def _merge(config: Any) -> int | None:
+    found = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
+    return found if isinstance(found, int) else None
+
+
 def _thw(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
-    """Qwen-VL: ``image_grid_thw`` in patches, merged ``spatial_merge_size`` x ``spatial_merge_size``."""
-    grids = inputs.get("image_grid_thw")
-    if grids is None:
+    """Qwen-VL and its kin: ``image_grid_thw`` in patches, merged ``spatial_merge_size`` x ``spatial_merge_size``."""
+    grids, merge = inputs.get("image_grid_thw"), _merge(config)
+    if grids is None or merge is None or image >= len(grids):
         return (1, tokens), 0
-    merge = config.vision_config.spatial_merge_size
     t, h, w = (int(v) for v in grids[image])
     h, w = h // merge, w // merge
     return ((t * h, w), 0) if t * h * w == tokens else ((1, tokens), 0)
@@ -65,10 +68,9 @@ def _thw(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Gri
 
 def _thw_frames(config: Any, inputs: Mapping[str, Any], video: int) -> tuple[int, tuple[int, int]] | None:
     """Qwen-VL: ``video_grid_thw``, as its images."""
-    grids = inputs.get("video_grid_thw")
-    if grids is None or video >= len(grids):
+    grids, merge = inputs.get("video_grid_thw"), _merge(config)
+    if grids is None or merge is None or video >= len(grids):
         return None
-    merge = config.vision_config.spatial_merge_size
     t, h, w = (int(v) for v in grids[video])
     return t, (h // merge, w // merge)
 
@@ -80,10 +82,6 @@ def _pooled_frames(config: Any, inputs: Mapping[str, Any], video: int) -> tuple[
         return None
     side = -(-(config.vision_config.image_size // config.vision_config.patch_size) // 2)
     return frames.shape[1], (side, side)
-
-
-def _no_frames(config: Any, inputs: Mapping[str, Any], video: int) -> None:
-    return None
 
 
 def _positions(config: Any, inputs: Mapping[str, Any], image: int, tokens: int) -> Grid:
@@ -117,9 +115,11 @@ class Family:
     """Facts of one model family.
 
     Attributes:
-        grid: how an image's tokens form a picture.
-        frames: how a video's tokens form frames.
-        tokens_per_image: tokens of one image, to split images that stand side by side; None = one run, one image.
+        grid: how an image's tokens form a picture; by default as ``image_grid_thw`` says, where it is given and fits.
+        frames: how a video's tokens form frames; by default as ``video_grid_thw`` says.
+        cut: the runs of a row, with those of several images that stand side by side cut apart; None = one run, one image.
+        join: the runs of a row that are one image each (rows of patches, tiles).
+        tiled: of an image of several runs its grid, the order of its tokens on it, and its overview.
         prefix_lm: prompt rows see the whole prompt, so the last token is run again instead of being split off.
         reducible: its decoder layers are known to take fewer rows (positions and masks come as arguments, nothing else runs
             along the sequence).
@@ -132,9 +132,11 @@ class Family:
         counted_positions: its text model counts positions in the 2-D padding mask, so no other mask can stand in its place.
     """
 
-    grid: GridRule = _no_grid
-    frames: FrameRule = _no_frames
-    tokens_per_image: Callable[[Any, Mapping[str, Any]], int | None] | None = None
+    grid: GridRule = _thw
+    frames: FrameRule = _thw_frames
+    cut: CutRule | None = None
+    join: Join | None = None
+    tiled: Tiled | None = None
     prefix_lm: bool = False
     reducible: bool = False
     cls: Callable[[Any], Sequence[Any]] | None = None
@@ -146,12 +148,49 @@ class Family:
     counted_positions: bool = False
 
 
-def _clip_tokens(config: Any, inputs: Mapping[str, Any]) -> int | None:
+def _cut_clip(config: Any, inputs: Mapping[str, Any], runs: Sequence[Span], row: int, before: int) -> Sequence[Span]:
+    """Images that stand side by side, each of the tower's patches."""
     if inputs.get("image_sizes") is not None:
-        return None
+        return runs
     side = config.vision_config.image_size // config.vision_config.patch_size
     whole = getattr(config, "vision_feature_select_strategy", "default") != "default"
-    return side * side + (whole and config.vision_config.model_type == "clip_vision_model")
+    return _cut(runs, side * side + (whole and config.vision_config.model_type == "clip_vision_model"))
+
+
+def _cut_anyres(config: Any, inputs: Mapping[str, Any], runs: Sequence[Span], row: int, before: int) -> Sequence[Span]:
+    """LLaVA-NeXT: as many tokens as an image of that size has."""
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        return runs
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    found: list[Span] = []
+    for start, stop in runs:
+        first, here = start, []
+        while first < stop and before + len(found) + len(here) < len(sizes):
+            h, w = (int(v) for v in sizes[before + len(found) + len(here)])
+            rows, columns = host.tile_grid(config, (h, w))
+            last = first + len(_anyres(config, torch.ones(rows * columns + 1, side * side, 1), (h, w)))
+            here.append((first, last))
+            first = last
+        found += here if here and first == stop else [(start, stop)]
+    return found
+
+
+def _cut_several(config: Any, inputs: Mapping[str, Any], runs: Sequence[Span], row: int, before: int) -> Sequence[Span]:
+    """LLaVA-OneVision: of several images in a prompt each is its overview and one newline token."""
+    counts = inputs.get("batch_num_images")
+    if counts is None or row >= len(counts) or int(counts[row]) < 2:
+        return runs
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return _cut(runs, side * side + 1)
+
+
+def _cut(runs: Sequence[Span], size: int) -> list[Span]:
+    found: list[Span] = []
+    for start, stop in runs:
+        step = size if (stop - start) % size == 0 else stop - start
+        found += [(first, first + step) for first in range(start, stop, step)]
+    return found
 
 
 def _tower(model: Any) -> Any:
@@ -216,11 +255,11 @@ def _anyres_cells(config: Any, image: ImageSpan) -> Tensor:
     return torch.cat([overview, tiles.masked_fill(~rest[:, None], -1)])
 
 
-# Model type -> facts. Adding a family is one row.
+# Model type, or model type and the tower's -> facts. Adding a family is one row.
 FAMILIES: dict[str, Family] = {
     "llava": Family(
         grid=_llava,
-        tokens_per_image=_clip_tokens,
+        cut=_cut_clip,
         reducible=True,
         cls=_clip_attention,
         whole_patches=True,
@@ -228,6 +267,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "llava_next": Family(
         grid=_overview_first,
+        cut=_cut_anyres,
         reducible=True,
         cls=_clip_attention,
         tiles=_anyres_tiles,
@@ -236,18 +276,17 @@ FAMILIES: dict[str, Family] = {
         whole_patches=True,
         projects=True,
     ),
-    "qwen2_vl": Family(grid=_thw, frames=_thw_frames, reducible=True),
-    "qwen2_5_vl": Family(grid=_thw, frames=_thw_frames, reducible=True),
-    "qwen3_vl": Family(grid=_thw, frames=_thw_frames, reducible=True),
-    "qwen3_vl_moe": Family(grid=_thw, frames=_thw_frames, reducible=True),
-    "llava_onevision": Family(frames=_pooled_frames),
-    "internvl": Family(
-        grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled, projects=True
-    ),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), Family(reducible=True)),
+    "llava_onevision": Family(grid=_overview_first, frames=_pooled_frames, cut=_cut_several),
+    "llava pixtral": Family(grid=_llava, join=rows_of_one, tiled=rows_together, reducible=True),
+    "mistral3": Family(join=rows_of_one, tiled=rows_together),
+    "idefics3": Family(grid=_square, join=tiles_of_one, tiled=tiles_together),
+    "smolvlm": Family(grid=_square, join=tiles_of_one, tiled=tiles_together),
+    "llama4": Family(grid=_square, join=tiles_of_one, tiled=tiles_together),
+    "aya_vision": Family(grid=_square, join=tiles_of_one, tiled=tiles_by_pixels),
+    "internvl": Family(grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled, projects=True),
     "gemma3": Family(grid=_square, reducible=True),
-    "paligemma": Family(
-        grid=_square, tokens_per_image=_clip_tokens, prefix_lm=True, reducible=True, whole_patches=True
-    ),
+    "paligemma": Family(grid=_square, cut=_cut_clip, prefix_lm=True, reducible=True, whole_patches=True),
     "gemma4": Family(grid=_positions),
     "diffusion_gemma": Family(grid=_positions),
     "blip-2": Family(counted_positions=True),
@@ -257,7 +296,8 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(config: Any) -> Family:
     """The table's row for a model's config, or the general one."""
-    return FAMILIES.get(config.model_type, Family())
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    return FAMILIES.get(f"{config.model_type} {tower}") or FAMILIES.get(config.model_type, Family())
 
 
 def image_token_ids(config: Any) -> tuple[int, ...]:
@@ -280,6 +320,16 @@ def video_token_ids(config: Any) -> tuple[int, ...]:
     """Ids that stand for the tokens of a video in a prompt; none where images and videos share theirs."""
     found = [getattr(config, name, None) for name in ("video_token_id", "video_token_index")]
     return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i not in image_token_ids(config)))
+
+
+def video_columns(config: Any, ids: Tensor) -> Tensor:
+    """``[B, P]`` bool: where the tokens of a video stand: those of its own kind, and those between the marks of a video."""
+    found = visual_columns(ids, video_token_ids(config))
+    marks = [getattr(config, name, None) for name in ("video_start_token_id", "video_end_token_id")]
+    if all(isinstance(mark, int) for mark in marks):  # GLM-4V: frames are made of image tokens
+        start, end = ((ids == mark).cumsum(1) for mark in marks)
+        found |= (start > end) & visual_columns(ids, image_token_ids(config))
+    return found
 
 
 def image_marker_ids(config: Any) -> list[int]:
@@ -415,38 +465,63 @@ def merging_tower(model: Any, config: Any, method: str) -> tuple[Any, list[Any],
 
 def cells(config: Any, image: ImageSpan) -> Tensor:
     """``[tokens, 2]`` row and column of every token of an image on its grid; -1 for one that has no place there."""
-    (h, w), total = image.grid, image.stop - image.start
+    (h, w), total = image.grid, image.total
     if (rule := family_of(config).tile_cells) is not None and len(found := rule(config, image)) == total:
         return found
-    place = torch.arange(total) - image.first
-    found = torch.stack([place // w, place % w], 1)
-    return found.masked_fill(((place < 0) | (place >= h * w))[:, None], -1)
+    found = torch.full((total, 2), -1)
+    found[image.cells] = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+    return found
 
 
-def split_images(config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[str, Any]) -> tuple[ImageSpan, ...]:
+def split_images(
+    config: Any, spans: Sequence[Sequence[Span]], inputs: Mapping[str, Any], ids: Tensor | None = None
+) -> tuple[ImageSpan, ...]:
     """Images of a batch from the runs of image tokens of its rows.
 
     Args:
         config: the model's config.
         spans: per row, the half-open runs of image tokens.
         inputs: the call's inputs (``image_sizes``, ``image_grid_thw`` ... where given).
+        ids: ``[B, P]`` token ids, which tell the parts of one image from several images; None = every run is an image.
     """
     family = family_of(config)
-    size = family.tokens_per_image(config, inputs) if family.tokens_per_image else None
-    images: list[ImageSpan] = []
     sizes = inputs.get("image_sizes")
     sizes = [] if sizes is None else [(int(h), int(w)) for h, w in sizes]
-    earlier = max(0, sum(map(len, spans)) - len(sizes))  # pictures of earlier turns, where only the new ones are given
-    for row, row_spans in enumerate(spans):
-        for start, stop in row_spans:
-            whole = size is not None and (stop - start) % size == 0
-            step = size if whole and size is not None else stop - start
-            for first in range(start, stop, step):
-                grid, offset = family.grid(config, inputs, len(images), step)
-                known = len(images) - earlier if size is None else -1
-                pixels = sizes[known] if 0 <= known < len(sizes) else None
-                tiles = family.tiles(config, step, pixels)
-                images.append(ImageSpan(row, first, first + step, grid, offset, tiles, pixels))
+    parts: list[list[list[Span]]] = []
+    for row, runs in enumerate(spans):
+        if family.join is not None and ids is not None:
+            parts.append(family.join(runs, ids[row].tolist()))
+        else:
+            before = sum(map(len, parts))
+            parts.append([[run] for run in (family.cut(config, inputs, runs, row, before) if family.cut else runs)])
+    given = max(
+        (len(v) for name in ("image_sizes", "image_grid_thw") if (v := inputs.get(name)) is not None), default=0
+    )
+    earlier = (
+        max(0, sum(map(len, parts)) - given) if given else 0
+    )  # of earlier turns, where only the new ones are given
+    # Pixels of the tiles of every image, where they come one by one; those of earlier turns may be left out.
+    pixels, seen = inputs.get("pixel_values"), 0
+    pixels = pixels if isinstance(pixels, Tensor) and pixels.ndim == 4 else None
+    if pixels is not None:
+        seen = len(pixels) - sum(len(runs) for of_row in parts for runs in of_row)
+        pixels = None if seen > 0 else pixels
+    images: list[ImageSpan] = []
+    for row, of_row in enumerate(parts):
+        for runs in of_row:
+            number, own = len(images) - earlier, None
+            if pixels is not None and seen >= 0:
+                own = pixels[seen : seen + len(runs)]
+            seen += len(runs)
+            (start, stop), total = (runs[0][0], runs[-1][1]), sum(last - first for first, last in runs)
+            size = sizes[number] if 0 <= number < len(sizes) else None
+            if len(runs) > 1 and family.tiled is not None and ids is not None:
+                breaks = tuple(i for (_, a), (b, _) in zip(runs, runs[1:], strict=False) for i in range(a, b))
+                grid, order, overview = family.tiled(runs, ids[row].tolist(), own)
+                images.append(ImageSpan(row, start, stop, grid, 0, 1, size, None, 0, breaks, order, overview))
+                continue
+            grid, first = family.grid(config, inputs if number >= 0 else {}, max(0, number), total)
+            images.append(ImageSpan(row, start, stop, grid, first, family.tiles(config, total, size), size))
     return tuple(images)
 
 

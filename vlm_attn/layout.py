@@ -33,6 +33,9 @@ class ImageSpan:
         size: ``(height, width)`` of the picture in pixels, where the processor says it.
         video: number of the video that it is a frame of, in the order of rows and columns; None = an image.
         frame: number of the frame: a video's grid is ``(t, h, w)``, with t spans of ``(h, w)``.
+        breaks: columns between ``start`` and ``stop`` that hold none of its tokens (row ends, what parts tiles).
+        order: which of its tokens is each cell of the grid, row by row; None = the ``h w`` tokens from ``first`` on.
+        overview: ``(first, (h, w))`` of the tokens that show the whole picture once more, small, beside its tiles.
     """
 
     row: int
@@ -44,6 +47,31 @@ class ImageSpan:
     size: tuple[int, int] | None = None
     video: int | None = None
     frame: int = 0
+    breaks: tuple[int, ...] = ()
+    order: tuple[int, ...] | None = None
+    overview: tuple[int, tuple[int, int]] | None = None
+
+    @property
+    def total(self) -> int:
+        """Number of its tokens."""
+        return self.stop - self.start - len(self.breaks)
+
+    @property
+    def columns(self) -> Tensor:
+        """``[total]`` the columns of its tokens."""
+        columns = torch.arange(self.start, self.stop)
+        return columns[~torch.isin(columns, torch.tensor(self.breaks))] if self.breaks else columns
+
+    @property
+    def cells(self) -> Tensor:
+        """``[h w]`` which of its tokens is each cell of the grid, row by row."""
+        h, w = self.grid
+        return torch.arange(self.first, self.first + h * w) if self.order is None else torch.tensor(self.order)
+
+    @property
+    def cell_columns(self) -> Tensor:
+        """``[h w]`` the column of each cell of the grid, row by row."""
+        return self.columns[self.cells]
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ class Reducer(Method):
             ValueError: a count beyond an image's tokens; a prompt that ends in an image token.
         """
         for number, image in enumerate(call.prompt.images):
-            total = image.stop - image.start
+            total = image.total
             if isinstance(self.keep, int) and self.keep > total:
                 raise ValueError(
                     f"{self.name}: keep={self.keep} is more than the {total} tokens of image {number} (row {image.row}): "
@@ -344,7 +344,7 @@ class Staged(Reducer):
     def start(self, call: Call, processor: Any) -> None:
         """Check the largest count as well."""
         super().start(call, processor)
-        least = min((image.stop - image.start for image in call.prompt.images), default=0)
+        least = min((image.total for image in call.prompt.images), default=0)
         most = max(self.counts, default=0)
         if least and isinstance(most, int) and most > least:
             raise ValueError(

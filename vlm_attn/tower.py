@@ -72,17 +72,17 @@ def on_tokens(config: Any, image: ImageSpan, cls: Tensor, keys: Tensor) -> tuple
     """
     place = family_of(config).place
     one, other = place(config, cls[..., None], image.size)[:, 0], place(config, keys, image.size)
-    if len(one) != image.stop - image.start:
+    if len(one) != image.total:
         raise ValueError(
             f"the vision tower's patches make {len(one)} tokens, the image at columns {image.start}..{image.stop - 1} of row "
-            f"{image.row} has {image.stop - image.start}: pass image_sizes as the processor returns them"
+            f"{image.row} has {image.total}: pass image_sizes as the processor returns them"
         )
     return one, other
 
 
 def features_on_tokens(config: Any, image: ImageSpan, features: Tensor) -> Tensor:
     """What the projector was given of an image, ``[tiles, T, d]``, for its tokens: ``[n, d]``; zeros for a newline."""
-    if features.shape[0] * features.shape[1] == image.stop - image.start:
+    if features.shape[0] * features.shape[1] == image.total:
         return features.flatten(0, 1)
     return family_of(config).place(config, features, image.size)
 
@@ -167,7 +167,7 @@ class Merger:
         if call is None or method is None or not call.prompt.images:
             return
         patches = (module.config.image_size // module.config.patch_size) ** 2
-        total = max(image.stop - image.start for image in call.prompt.images)
+        total = max(image.total for image in call.prompt.images)
         share = method.keep / total if isinstance(method.keep, int) else method.keep
         self.left = descent(patches, kept_count(share, patches), self.layers)
         self.method = method

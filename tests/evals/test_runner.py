@@ -7,14 +7,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import vlm_attn
+from tests.checkpoints import CHECKPOINTS
 from vlm_attn import cli
-from vlm_attn.evals import pope, runner
+from vlm_attn.evals import pope, prompts, runner
 from vlm_attn.evals.coco import CocoDataset
 from vlm_attn.evals.prompts import PLAIN_TEMPLATE, build_inputs, chat_prompt, generate
 from vlm_attn.evals.report import COLUMNS, results_table
@@ -446,9 +450,11 @@ def test_prompts_with_and_without_a_chat_template(dataset: CocoDataset, tiny_mod
     assert text.endswith("ASSISTANT:")
     template, processor.chat_template = processor.chat_template, None
     try:
-        assert chat_prompt(processor, "Is there a dog?") == PLAIN_TEMPLATE.format(
-            image="<image>", text="Is there a dog?"
-        )
+        prompts._say_once.cache_clear()
+        with pytest.warns(UserWarning, match="no chat template") as caught:
+            said = [chat_prompt(processor, "Is there a dog?") for _ in range(2)]
+        assert said == [PLAIN_TEMPLATE.format(image="<image>", text="Is there a dog?")] * 2
+        assert len(caught) == 1
     finally:
         processor.chat_template = template
     images = [dataset.load_image(image) for image in dataset.image_ids[:2]]
@@ -458,6 +464,31 @@ def test_prompts_with_and_without_a_chat_template(dataset: CocoDataset, tiny_mod
     assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
     with pytest.raises(ValueError, match="2 images but 1 texts"):
         build_inputs(model, processor, images, ["what"])
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # two processors of transformers
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != "smolvlm"])
+def test_prompts_are_those_of_the_processor(name: str) -> None:
+    """Row by row the ids of apply_chat_template(tokenize=True), with one BOS at most; the question is found in them."""
+    processor = CHECKPOINTS[name].processor()
+    images = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    texts = ["Is there a dog?", "Describe this image in detail."]
+    rows = build_inputs(SimpleNamespace(device="cpu", dtype=torch.float32), processor, images, texts)
+    found = vlm_attn.explain(processor, rows).rows
+    for row, (image, text) in enumerate(zip(images, texts, strict=True)):
+        ids = rows["input_ids"][row][rows["attention_mask"][row] == 1]
+        if processor.chat_template is not None:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+            chat = [{"role": "user", "content": content}]
+            wanted = processor.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )["input_ids"][0]
+        else:  # the model card's form: the text as it is
+            wanted = processor(text="<image>" + text, images=image, return_tensors="pt")["input_ids"][0]
+            assert "USER" not in processor.decode(ids)
+        assert torch.equal(ids, wanted)
+        assert ids.tolist().count(processor.tokenizer.bos_token_id) <= 1
+        assert [part[3].strip() for part in found[row] if part[0] == "QUERY"] == [text]
 
 
 def test_real_photos_run_through(tiny_model_folder: Path, tmp_path: Path) -> None:
