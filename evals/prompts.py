@@ -42,7 +42,7 @@ def _asked(text: str, **image: Any) -> dict[str, Any]:
 
 
 def tokenized(processor: Any, chats: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
-    """A padded batch of conversations with their pictures, written and tokenised by the processor's chat template."""
+    """A padded batch of conversations with their images, written and tokenised by the processor's chat template."""
     return processor.apply_chat_template(
         [list(chat) for chat in chats],
         add_generation_prompt=True,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vlm_attn import host
 from vlm_attn.layout import ImageSpan, Span, visual_columns
-from vlm_attn.tiles import Join, Tiled, rows_of_one, rows_together, tiles_by_pixels, tiles_of_one, tiles_together
 from vlm_attn.method import Wide
+from vlm_attn.tiles import Join, Tiled, rows_of_one, rows_together, tiles_by_pixels, tiles_of_one, tiles_together
 
 # (config, call inputs, row-major index of the image, tokens of the run) -> grid and index of its first token
 Grid = tuple[tuple[int, int], int]
@@ -117,7 +117,7 @@ class Family:
     Attributes:
         grid: how an image's tokens form a picture; by default as ``image_grid_thw`` says, where it is given and fits.
         frames: how a video's tokens form frames; by default as ``video_grid_thw`` says.
-        cut: the runs of a row, with those of several images that stand side by side cut apart; None = one run, one image.
+        cut: the runs of a row, with those of several images side by side cut apart; None = one run, one image.
         join: the runs of a row that are one image each (rows of patches, tiles).
         tiled: of an image of several runs its grid, the order of its tokens on it, and its overview.
         prefix_lm: prompt rows see the whole prompt, so the last token is run again instead of being split off.
@@ -149,7 +149,7 @@ class Family:
 
 
 def _cut_clip(config: Any, inputs: Mapping[str, Any], runs: Sequence[Span], row: int, before: int) -> Sequence[Span]:
-    """Images that stand side by side, each of the tower's patches."""
+    """Images side by side, each of the tower's patches."""
     if inputs.get("image_sizes") is not None:
         return runs
     side = config.vision_config.image_size // config.vision_config.patch_size
@@ -284,7 +284,9 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": Family(grid=_square, join=tiles_of_one, tiled=tiles_together),
     "llama4": Family(grid=_square, join=tiles_of_one, tiled=tiles_together),
     "aya_vision": Family(grid=_square, join=tiles_of_one, tiled=tiles_by_pixels),
-    "internvl": Family(grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled, projects=True),
+    "internvl": Family(
+        grid=_tiles, reducible=True, cls=_internvl_attention, tiles=_internvl_tiles, place=_shuffled, projects=True
+    ),
     "gemma3": Family(grid=_square, reducible=True),
     "paligemma": Family(grid=_square, cut=_cut_clip, prefix_lm=True, reducible=True, whole_patches=True),
     "gemma4": Family(grid=_positions),
@@ -323,7 +325,7 @@ def video_token_ids(config: Any) -> tuple[int, ...]:
 
 
 def video_columns(config: Any, ids: Tensor) -> Tensor:
-    """``[B, P]`` bool: where the tokens of a video stand: those of its own kind, and those between the marks of a video."""
+    """``[B, P]`` bool: where the tokens of a video are: those of its own kind, and those between the marks of a video."""
     found = visual_columns(ids, video_token_ids(config))
     marks = [getattr(config, name, None) for name in ("video_start_token_id", "video_end_token_id")]
     if all(isinstance(mark, int) for mark in marks):  # GLM-4V: frames are made of image tokens

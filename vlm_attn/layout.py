@@ -35,7 +35,7 @@ class ImageSpan:
         frame: number of the frame: a video's grid is ``(t, h, w)``, with t spans of ``(h, w)``.
         breaks: columns between ``start`` and ``stop`` that hold none of its tokens (row ends, what parts tiles).
         order: which of its tokens is each cell of the grid, row by row; None = the ``h w`` tokens from ``first`` on.
-        overview: ``(first, (h, w))`` of the tokens that show the whole picture once more, small, beside its tiles.
+        overview: ``(first, (h, w))`` of the tokens that show the whole image once more, small, apart from its tiles.
     """
 
     row: int

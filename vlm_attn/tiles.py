@@ -1,7 +1,8 @@
-"""Images whose tokens stand in several runs: rows of patches, or tiles.
+# SPDX-License-Identifier: Apache-2.0
+"""Images whose tokens form several runs: rows of patches, or tiles.
 
-Special tokens stand between the runs. What they are called is not known here; which of them ends an image follows from what
-stands after the last run of the prompt, or before it.
+Special tokens separate the runs. What they are called is not known here; which of them ends an image follows from the token
+after the last run of the prompt, or before it.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def tiles_together(
 ) -> tuple[tuple[int, int], Order, Overview]:
     """The tiles side by side as they lie on the image, and the overview apart.
 
-    A row of tiles ends where a line end stands beside the two tokens between tiles (Idefics 3), or the one that stands before
-    the overview's own token (Llama 4).
+    A row of tiles ends where the two tokens between tiles have a line end with them (Idefics 3), or with the token before the
+    overview's own (Llama 4).
     """
     *tiles, overview = runs
     size = tiles[0][1] - tiles[0][0]
@@ -79,7 +80,7 @@ def _shape(tiles: int, across: int, side: int) -> tuple[int, int]:
 
 
 def _order(tiles: int, across: int, side: int) -> tuple[int, ...]:
-    """Tokens of tiles, tile by tile, in the order of the whole picture's cells."""
+    """Tokens of tiles, tile by tile, in the order of the whole image's cells."""
     height, width = _shape(tiles, across, side)
     return tuple(
         (row // side * across + column // side) * side * side + row % side * side + column % side
@@ -91,8 +92,8 @@ def _order(tiles: int, across: int, side: int) -> tuple[int, ...]:
 def tiles_by_pixels(
     runs: Sequence[Span], ids: Sequence[int], pixels: Tensor | None = None
 ) -> tuple[tuple[int, int], Order, Overview]:
-    """Aya Vision: tiles are numbered, and how many stand side by side is not said: the arrangement that looks most like the
-    overview is taken. The overview is the picture where none does."""
+    """Aya Vision: tiles are numbered, and how many are side by side is not said: the arrangement that looks most like the
+    overview is taken. The overview is the image where none does."""
     *tiles, overview = runs
     size, total = overview[1] - overview[0], sum(stop - start for start, stop in runs)
     side = isqrt(size)
@@ -105,14 +106,14 @@ def tiles_by_pixels(
 
 
 def tiles_across(tiles: Tensor, overview: Tensor) -> int:
-    """How many tiles stand side by side, from what they show.
+    """How many tiles are side by side, from what they show.
 
     Args:
         tiles: ``[n, 3, s, s]`` pixel values of the tiles, row by row.
-        overview: ``[3, s, s]`` of the whole picture.
+        overview: ``[3, s, s]`` of the whole image.
 
     Returns:
-        0 where two arrangements look alike, as in a picture of one colour.
+        0 where two arrangements look alike, as in an image of one colour.
     """
     count, colours, s, _ = tiles.shape
     errors = {}

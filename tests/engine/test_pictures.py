@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One image is one map of the right shape, whatever a processor makes of it: a painted corner moves the map's corner."""
 
 from __future__ import annotations
