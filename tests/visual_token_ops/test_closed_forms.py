@@ -433,6 +433,7 @@ class TestVScan:
         local, late, tokens = drawn(16), drawn(16, seed=1), drawn(16, 3, seed=2)
         windows = [[r * 4 + c + i * 4 + j for i in (0, 1) for j in (0, 1)] for r in (0, 2) for c in (0, 2)]
         first = [max(w, key=lambda i: local[i]) for w in windows]
+        late[first] += 9  # those are taken already
         rest = sorted((i for i in range(16) if i not in first), key=lambda i: -late[i])[:4]
         kept = sorted([*first, *rest])
         shown = picture(8, tokens, cls=late, local=local, grid=(4, 4))
