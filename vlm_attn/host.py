@@ -168,8 +168,8 @@ class OwnConfig:
     def write_back(self) -> None:
         """Give the original what others have changed in the copy since (another vocabulary, a new attribute)."""
         now, gone = dict(vars(self.copy)), object()
-        if (name := now.get(_IMPLEMENTATION)) in NAMES.values():
-            now[_IMPLEMENTATION] = base_of(name)
+        if now.get(_IMPLEMENTATION) in NAMES.values():
+            now[_IMPLEMENTATION] = base_of(now[_IMPLEMENTATION])
         for key in now.keys() | self.before.keys():
             value, old = now.get(key, gone), self.before.get(key, gone)
             if value is gone:
@@ -206,9 +206,9 @@ def restore(modules: Iterable[nn.Module], own: Sequence[OwnConfig]) -> None:
         config.write_back()
     _exchange(modules, {id(config.copy): config.original for config in own})
     for module in modules:  # built or copied while the model was patched, with configs of their own
-        config = vars(module).get("config")
-        if implementation(config) in NAMES.values():
-            vars(config)[_IMPLEMENTATION] = base_of(implementation(config))
+        other = vars(module).get("config")
+        if implementation(other) in NAMES.values():
+            vars(other)[_IMPLEMENTATION] = base_of(implementation(other))
 
 
 def _exchange(modules: Iterable[nn.Module], by: Mapping[int, Any]) -> None:
