@@ -274,10 +274,11 @@ def build(studio: Studio) -> gr.Blocks:
     ) -> Any:
         picture = picture_of(path, scene)
         specs = studio.specs(methods, changed(methods, values))
-        last = None
+        last, buttons = None, on(False, False, False, False)
         for last in studio.describe(picture, prompt, specs, int(tokens), int(steps) if studio.denoises else None):
             if not all(run.done for run in last.runs):
-                yield markup.captions(last), last, *on(False, False, False, False)
+                yield markup.captions(last), last, *buttons
+                buttons = [gr.skip()] * len(buttons)  # once: a button that is made anew cannot be clicked meanwhile
         if last is not None:
             kept = any(run.kept is not None for run in last.runs)
             yield markup.captions(last), last, *on(True, studio.can("gift", last), studio.can("var", last), kept)
@@ -576,7 +577,7 @@ def build(studio: Studio) -> gr.Blocks:
         by_kept.click(kept, result, [overlay, sentence], api_name="kept", **maps)
         methods.change(used, methods, groups, **quiet)
         methods.change(None, methods, None, js=markup.PICKED_JS)
-        page.load(
+        loading = page.load(
             restore,
             query,
             [wrong_link, *parts],
@@ -584,6 +585,7 @@ def build(studio: Studio) -> gr.Blocks:
             show_progress="hidden",
             api_visibility="private",
         )
+        loading.then(None, methods, None, js=markup.PICKED_JS)
     return page.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
 
 

@@ -17,6 +17,7 @@ CSS = """
 :root { --word: #c2410c; --tab: #9a3412; --wrong: #b91c1c; --added: #15803d; --changed: #92400e; }
 .dark { --word: #c2410c; --tab: #fb923c; --wrong: #fca5a5; --added: #86efac; --changed: #fcd34d; }
 footer { display: none !important; }
+.gradio-container { overflow: clip !important; } /* hidden would keep the image from staying in sight */
 .runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: 0.75rem; }
 .run { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 0.75rem 1rem;
        background: var(--background-fill-secondary); color: var(--body-text-color); }
@@ -97,6 +98,12 @@ const view = document.querySelector('#view'), name = () => view.querySelectorAll
 });
 new MutationObserver(name).observe(view, {childList: true, subtree: true});
 name();
+// Nor have its fields with a button to copy, which are made when their section is opened.
+const again = document.querySelector('#reproduce'), label = () => again.querySelectorAll('textarea, input').forEach(field => {
+  field.ariaLabel = field.closest('.block[id]').id + ', the state to copy';
+});
+new MutationObserver(label).observe(again, {childList: true, subtree: true});
+label();
 element.addEventListener('click', event => {
   const word = event.target.closest('button.word');
   if (word) choose(word);
@@ -127,13 +134,15 @@ element.addEventListener('click', event => {
   const button = event.target.closest('button[data-method]');
   if (button) trigger('select', {index: 0, value: button.dataset.method});
 });
+window.showPicked = () => element.querySelectorAll('button[data-method]').forEach(
+  button => button.setAttribute('aria-pressed', Boolean(window.picked?.has(button.dataset.method))));
+window.showPicked();
 """
 
-#: Shows on the list which methods are chosen.
+#: Shows on the list which methods are chosen, now or when the list is opened.
 PICKED_JS = """chosen => {
-  const names = new Set(chosen.flatMap(run => run.split('+')));
-  document.querySelectorAll('#listing button[data-method]').forEach(
-    button => button.setAttribute('aria-pressed', names.has(button.dataset.method)));
+  window.picked = new Set(chosen.flatMap(run => run.split('+')));
+  window.showPicked?.();
 }"""
 
 START = '<p class="note">Choose an image and press <b>Describe</b>.</p>'

@@ -84,7 +84,7 @@ def test_link(visit: Any) -> None:
     assert evil.title() == "vlm-attn demo"
 
 
-@pytest.mark.parametrize("slowly", [0.15], indirect=True)
+@pytest.mark.parametrize("slowly", [0.6], indirect=True)
 @pytest.mark.usefixtures("slowly")
 def test_stop(visit: Any) -> None:
     """The generations end, what was written so far stays, and the page goes on."""
@@ -151,7 +151,7 @@ def test_methods_by_kind(visit: Any) -> None:
     heads = tab.locator("#listing h3").all_inner_texts()
     assert heads[0] == "Attention is edited"
     assert len(heads) > 4
-    assert tab.locator("#listing button[aria-pressed=true]").all_inner_texts() == ["gift"]
+    sync_api.expect(tab.locator("#listing button[aria-pressed=true]")).to_have_text(["gift"])
     tab.locator("#listing button[data-method=gift]").click()  # out
     sync_api.expect(tab.locator("#listing button[data-method=gift]")).to_have_attribute("aria-pressed", "false")
     tab.locator("#listing button[data-method=opera]").click()
