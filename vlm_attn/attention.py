@@ -104,8 +104,8 @@ def vlm_attention(
     if dropout:
         raise NotImplementedError("vlm_attn edits attention at inference only: call model.eval()")
     layer = _Layer(tag, call, module, query, key, value, attention_mask, scale, kwargs.get("softcap"), options)
-    if tag.engine.paired:
-        return layer.paired(tag.engine.pairing), None
+    if (pairing := tag.engine.paired) is not None:
+        return layer.paired(pairing), None
     layer.draw_mask()
     layer.choose()
     return (layer.edited(), None) if call.mode == "edited" else layer.prompt()

@@ -203,9 +203,9 @@ class Engine:
         return any(isinstance(m, Reducer) for m in self.acting)
 
     @property
-    def paired(self) -> bool:
-        """Whether a forward runs that a second stream shares."""
-        return self.pairing is not None and self.pairing.running
+    def paired(self) -> Pairing | None:
+        """The second stream that shares the forward which runs now, if any."""
+        return self.pairing if self.pairing is not None and self.pairing.running else None
 
     def chooser(self, call: Call) -> heads.HeadMethod | None:
         """The method that chooses which keys a head sees."""
@@ -545,8 +545,8 @@ class Engine:
         call.mask = None
         if call.done and cache is not None:
             past = cache.get_seq_length()
-            if self.paired:
-                call.batch, past = self.pairing.rows, past - self.pairing.pad
+            if (pairing := self.paired) is not None:
+                call.batch, past = pairing.rows, past - pairing.pad
             call.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
             call.mode = "edited"
             chooser = self.chooser(call)

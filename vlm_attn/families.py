@@ -165,7 +165,8 @@ def _cut_anyres(config: Any, inputs: Mapping[str, Any], runs: Sequence[Span], ro
     side = config.vision_config.image_size // config.vision_config.patch_size
     found: list[Span] = []
     for start, stop in runs:
-        first, here = start, []
+        first = start
+        here: list[Span] = []
         while first < stop and before + len(found) + len(here) < len(sizes):
             h, w = (int(v) for v in sizes[before + len(found) + len(here)])
             rows, columns = host.tile_grid(config, (h, w))
@@ -327,7 +328,7 @@ def video_token_ids(config: Any) -> tuple[int, ...]:
 def video_columns(config: Any, ids: Tensor) -> Tensor:
     """``[B, P]`` bool: where the tokens of a video are: those of its own kind, and those between the marks of a video."""
     found = visual_columns(ids, video_token_ids(config))
-    marks = [getattr(config, name, None) for name in ("video_start_token_id", "video_end_token_id")]
+    marks: list[Any] = [getattr(config, name, None) for name in ("video_start_token_id", "video_end_token_id")]
     if all(isinstance(mark, int) for mark in marks):  # GLM-4V: frames are made of image tokens
         start, end = ((ids == mark).cumsum(1) for mark in marks)
         found |= (start > end) & visual_columns(ids, image_token_ids(config))

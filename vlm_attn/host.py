@@ -392,7 +392,7 @@ class PairedSlidingLayer(_Pairs, DynamicSlidingWindowLayer):
 _PAIRED: dict[type, type] = {DynamicLayer: PairedLayer, DynamicSlidingWindowLayer: PairedSlidingLayer}
 
 
-def _as(kind: type, layer: Any, keys: Tensor, values: Tensor) -> Any:
+def _as(kind: Any, layer: Any, keys: Tensor, values: Tensor) -> Any:
     """A layer of another kind with all else that this one has."""
     new = kind.__new__(kind)
     new.__dict__.update({**layer.__dict__, "keys": keys, "values": values})
@@ -413,15 +413,16 @@ def join_rows(cache: Any, other: Any) -> int | str:
     if not (type(cache) is DynamicCache and type(other) is DynamicCache and len(cache.layers) == len(other.layers)):
         return f"{type(cache).__name__} cannot hold the rows of two streams"
     pad = max(0, other.get_seq_length() - cache.get_seq_length())
-    kinds = [(type(one), type(two)) for one, two in zip(cache.layers, other.layers, strict=True)]
+    held: list[tuple[Any, Any]] = list(zip(cache.layers, other.layers, strict=True))
+    kinds = [(type(one), type(two)) for one, two in held]
     if not all(one is two and one in _PAIRED for one, two in kinds):
         return "its layers hold states of their own, or fewer columns than they count"
-    if not all(layer.is_initialized for layer in [*cache.layers, *other.layers]):
+    if not all(layer.is_initialized for pair in held for layer in pair):
         return "a layer holds nothing (its keys are those of another layer)"
     if pad and any(one is DynamicSlidingWindowLayer for one, _ in kinds):
         return "the second prompt is longer than the first, and layers have sliding windows"
-    for number, (first, second) in enumerate(zip(cache.layers, other.layers, strict=True)):
-        width = first.keys.shape[-2] + pad  # type: ignore[union-attr]
+    for number, (first, second) in enumerate(held):
+        width = first.keys.shape[-2] + pad
         tensors = [
             torch.cat([nn.functional.pad(part, (0, 0, width - part.shape[-2], 0)) for part in parts])
             for parts in ((first.keys, second.keys), (first.values, second.values))

@@ -137,8 +137,8 @@ def check_parameters(name: str, given: Iterable[str], known: Sequence[str] | Non
     if known is None:
         module, _, attribute = _targets()[name].partition(":")
         known = _fields(module, attribute)
-    for parameter in given if known is not None else ():
-        if parameter not in known:
+    for parameter in given:
+        if known is not None and parameter not in known:
             raise TypeError(f"{name} has no parameter {parameter!r}: {suggest(parameter, known)}")
 
 
@@ -206,8 +206,9 @@ def _fields(module: str, attribute: str) -> list[str] | None:
             return None
         found |= dict.fromkeys(inherited)
     for entry in node.body:
-        named = isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)
-        if named and "ClassVar" not in ast.unparse(entry.annotation):
+        if not (isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)):
+            continue
+        if "ClassVar" not in ast.unparse(entry.annotation):
             found[entry.target.id] = None
     return list(found)
 
@@ -221,4 +222,5 @@ def _source(module: str) -> Path | None:
         if spec is None:
             return None
         path = spec.submodule_search_locations
-    return Path(spec.origin) if spec is not None and (spec.origin or "").endswith(".py") else None
+    origin = spec.origin if spec is not None else None
+    return Path(origin) if origin is not None and origin.endswith(".py") else None
