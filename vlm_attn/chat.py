@@ -269,8 +269,8 @@ class _Probe:
                     self._around(lambda t, i: shown(u(FIRST[0]), a(t), u(QUESTIONS[0]), image=bool(i)), ANSWERS, both),
                 )
                 note("systems", self._around(lambda t, i: shown(s(t), u(QUESTIONS[0]), image=bool(i)), SYSTEM, both))
-            switches: tuple[dict[str, Any], ...] = ({}, *thinking)
-            for options in switches:
+            spoken: tuple[dict[str, Any], ...] = ({}, *thinking)
+            for options in spoken:
                 first, second = (shown(u(text), **options) for text in QUESTIONS)
                 if first is not None and second is not None and first != second:
                     note("openings", _prefix(first, second))
