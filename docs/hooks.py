@@ -28,7 +28,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 import vlm_attn
-from vlm_attn.demo.controls import controls
+from vlm_attn.demo.controls import parameter_help
 from vlm_attn.registry import MethodInfo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +88,8 @@ def on_files(files: Any, config: Any) -> None:
     files.append(File.generated(config, "files.md", content=text))
     for name in names:
         files.append(File.generated(config, f"results/{name}", abs_src_path=str(ROOT / FILES / name)))
+    for notebook in sorted((ROOT / "examples").glob("*.ipynb")):  # the README links to them
+        files.append(File.generated(config, f"examples/{notebook.name}", abs_src_path=str(notebook)))
     for info in vlm_attn.methods().values():
         files.append(File.generated(config, f"methods/{info.name}.md", content=method_page(info)))
     rows = "\n".join(f"| [{name}]({name}.md) | {about} |" for name, about in API.items())
@@ -210,11 +212,12 @@ def _kind(info: MethodInfo) -> str:
 
 
 def _parameters(info: MethodInfo) -> str:
-    found = controls(info.cls)
-    if not found:
-        return "None."
-    shown = [f"{c.default:.4g}" if isinstance(c.default, float) else repr(c.default) for c in found]
-    return "\n".join(f"- **`{c.name}`**, default `{s}`: {_markdown(c.help)}" for c, s in zip(found, shown, strict=True))
+    fields, texts = dataclasses.fields(info.cls), parameter_help(info.cls)
+    lines = []
+    for field in fields:
+        shown = f"{field.default:.4g}" if isinstance(field.default, float) else repr(field.default)
+        lines.append(f"- **`{field.name}`**, default `{shown}`: {_markdown(texts.get(field.name, ''))}")
+    return "\n".join(lines) or "None."
 
 
 def _published(name: str) -> list[str]:
