@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).parent / "faults"
-SOURCES = ("vlm_attn", "kernels", "hallucination", "visual_token_ops", "evals", "demo")
+NO_SOURCES = ("tests", "docs", "build", "dist", "site", "runs")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Fault:
         if path.exists() and path.read_text(encoding="utf-8").count(self.old) == 1:
             return path
         holders = [path for path in sources() if path.read_text(encoding="utf-8").count(self.old) == 1]
+        if len(holders) > 1:  # the one that kept its name
+            holders = [path for path in holders if path.name == Path(self.file).name]
         if len(holders) != 1:
             raise LookupError(f"{self.area}: {self.what}: {self.file} does not hold {self.old!r} once")
         return holders[0]
@@ -63,8 +65,9 @@ class Fault:
 
 def sources() -> Iterator[Path]:
     """The project's source files."""
-    for folder in SOURCES:
-        yield from sorted((ROOT / folder).rglob("*.py"))
+    for folder in sorted(ROOT.iterdir()):
+        if folder.is_dir() and folder.name not in NO_SOURCES and not folder.name.startswith("."):
+            yield from sorted(folder.rglob("*.py"))
 
 
 def faults() -> list[Fault]:
