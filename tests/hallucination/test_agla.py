@@ -135,6 +135,7 @@ class TestParts:
         assert most(torch.tensor([0.1, 0.4, 0.3, 0.2]), 0.5).tolist() == [False, True, True, False]
         assert most(torch.tensor([0.1, 0.4, 0.3]), 0.01).tolist() == [False, True, False]
         assert most(torch.tensor([0.1, 0.4]), 1.0).all()
+        assert most(torch.tensor([0.1, 0.4, 0.3]), 0.6).tolist() == [False, True, True]  # 1.8 is nearer to 2
 
     def test_closed_form(self) -> None:
         main, second = torch.tensor([[4.0, 2.0, 1.0]]).log(), torch.tensor([[1.0, 3.0, 9.0]]).log()
