@@ -247,7 +247,22 @@ def page(results: dict[str, Result]) -> str:
     works = sum(bool(r.works) for r in results.values())
     refused = sum(not r.works and not r.missing for r in results.values())
     text = HEAD.format(version=transformers.__version__, works=works, refused=refused, all=len(results))
-    return text + "\n".join(line(name, result) for name, result in results.items()) + "\n"
+    return text + "\n".join(line(name, result) for name, result in results.items()) + "\n\n" + processors()
+
+
+def processors() -> str:
+    """The page's part on processors, from the table of :mod:`tests.engine.test_prompts`."""
+    from tests.checkpoints import CHECKPOINTS
+    from tests.engine.test_prompts import REFUSED
+    from tests.prompts import CASES
+
+    lines = []
+    for name, checkpoint in CHECKPOINTS.items():
+        refused = REFUSED.get(name, {})
+        template = "none" if checkpoint.template is None else "ours, its own" if checkpoint.shared else "ours"
+        said = "; ".join(sorted(set(refused.values()))) or "none"
+        lines.append(f"| {name} | `{checkpoint.model_type}` | {template} | {len(refused)} | {said} |")
+    return PROCESSORS.format(cases=len(CASES)) + "\n".join(lines) + "\n"
 
 
 HEAD = """# Families
@@ -267,9 +282,27 @@ the logits are the plain model's bit for bit. What the plain model itself does n
 |---|---|---|---|---|
 """
 
+PROCESSORS = """## Processors
+
+The question, the image tokens and the opening of the answer are read through the processor.
+`tests/engine/test_prompts.py` tries the processors below, built in transformers with the special tokens of these
+checkpoints and small vocabularies, on up to {cases} prompts each: system messages, texts before and after images, several
+images and turns, quoted role words, other scripts, code, thinking switches, begun answers, videos. Every prompt is laid
+out exactly, or refused because the question cannot be known. "ours" is a template of the same form, "its own" the one of
+the checkpoint, which is not part of this package. Checkpoints themselves were not loaded. `python -m tests.families
+processors` writes this part alone.
+
+| processor | model type | template | prompts refused | why |
+|---|---|---|---|---|
+"""
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["processors"]:
+        before = PAGE.read_text(encoding="utf-8").partition("## Processors")[0].rstrip()
+        PAGE.write_text(f"{before}\n\n{processors()}", encoding="utf-8")
+        sys.exit()
     transformers.logging.set_verbosity_error()
     found = {}
     for name in sys.argv[1:] or MAPPING:

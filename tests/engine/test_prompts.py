@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # two processors of transformers
 WRITTEN = [name for name, checkpoint in CHECKPOINTS.items() if checkpoint.template is not None]
-BY_WORDS = "the words that part turns stand twice: one of them is quoted, and which one cannot be told"
-MERGED = "a system message and the question stand in one turn with an empty line between, and nothing tells them apart"
+BY_WORDS = "the words that part turns appear twice: one of them is quoted, and which one cannot be told"
+MERGED = "a system message and the question share one turn with an empty line between, and nothing tells them apart"
 REFUSED: dict[str, dict[str, str]] = {  # what cannot be known: checkpoint -> case -> reason
     "llava-1.5": {"second turn, quoted-user": BY_WORDS},
     "llava-next-vicuna": {"second turn, quoted-user": BY_WORDS},
