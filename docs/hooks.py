@@ -38,6 +38,7 @@ ELSEWHERE = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "scenes-model.md": "evals/scenes/model/README.md",
+    "scenes-smol-model.md": "evals/scenes/model_smol/README.md",
     "scenes-diffusion-model.md": "evals/scenes/model_diffusion/README.md",
 }
 FILES = "evals/results"  # the measurements, as they are

@@ -70,6 +70,7 @@ def test_wheel_holds_every_module_and_data_file(wheel):
         "vlm_attn/evals/data/coco_objects.json",
         "vlm_attn/evals/scenes/data/atlas.png",
         "vlm_attn/evals/scenes/model/model.safetensors",
+        "vlm_attn/evals/scenes/model_smol/adapter.safetensors",
     ):
         assert name in names
 

@@ -90,7 +90,8 @@ def quality(
 
 def caption_styles(model: Any) -> dict[str, str]:
     """The styles of captions a model was trained to write, and the prompt that asks for each; the first is short."""
-    return getattr(model.config, "caption_prompts", None) or {"short": chair.PROMPT}
+    styles = getattr(model.config, "caption_prompts", None) or {"short": chair.PROMPT}
+    return dict(sorted(styles.items(), key=lambda item: item[0] != "short"))  # a saved config sorts them by name
 
 
 def by_sentence(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -519,7 +520,8 @@ def markdown(card: dict[str, Any]) -> str:
     massive = sum(layer["massive_tokens"] for layer in found["layers"])
     band = range(found["bos_band"][0], found["bos_band"][1] + 1)
     aligned = sum(found["layers"][i]["aligned_tokens"] for i in band)
-    rule = f"the dimension rule (ratio >= {found['tau']:g}) finds {massive or 'no'} sink tokens in any layer"
+    rule = f"the dimension rule (ratio >= {found['tau']:g}) finds "
+    rule += f"{massive} sinks, counted in every layer they are in" if massive else "no sink tokens in any layer"
     direction = (
         f"the direction rule (cosine with BOS > {found['cosine']:g}, layers {band[0]}-{band[-1]}, where BOS is large) "
         f"finds {aligned or 'none'}"

@@ -166,7 +166,7 @@ def test_false_objects_by_sentence():
 
 def test_a_model_with_two_styles_is_measured_at_both(loaded, monkeypatch):
     model, processor = loaded
-    styles = {"short": "What is in the image?", "detailed": text.CAPTION_PROMPTS[0]}
+    styles = {"detailed": text.CAPTION_PROMPTS[0], "short": "What is in the image?"}  # in the order of a saved config
     monkeypatch.setattr(model.config, "caption_prompts", styles, raising=False)
     found = card.measure(model, processor, "validation", limit=3)
     assert found["quality"]["prompt"] == styles["short"]

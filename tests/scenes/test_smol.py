@@ -2,16 +2,18 @@
 """scenes-smol: the trainer's own layers are transformers', resuming changes nothing, and the model is made once and whole."""
 
 import dataclasses
+import hashlib
 import json
 import threading
 import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vlm_attn.evals import models, prompts, scenes
-from vlm_attn.evals.scenes import detailed, smol, smol_train, world
+from vlm_attn.evals.scenes import card, detailed, smol, smol_train, world
 
 from ..test_cli import call, error_of, quiet  # noqa: F401  (fixture)
 from .tiny_language import tiny_language
@@ -159,6 +161,20 @@ def test_the_command_trains_exports_and_says_what_is_missing(tmp_path, monkeypat
 
 
 # --- putting it together
+
+
+def test_the_bundled_card_is_of_the_bundled_adapter():
+    card_file, results = smol.ADAPTER.with_name("README.md"), smol.ADAPTER.parents[2] / "results"
+    content = card_file.read_text()
+    assert hashlib.sha256(smol.ADAPTER.read_bytes()).hexdigest() in content
+    found = json.loads((results / "scenes-smol-card-validation.json").read_text())
+    assert card.markdown(found) in content
+    assert {"rank": smol_train.Settings().rank, "seed": 0}.items() <= json.loads(_facts()["settings"]).items()
+
+
+def _facts():
+    with safe_open(smol.ADAPTER, "pt") as file:
+        return file.metadata()
 
 
 def test_adapters_of_another_model_are_refused_before_anything_is_changed(trainer):
