@@ -86,7 +86,7 @@ def is_transparent(image: Image.Image) -> bool:
     """Whether any part of an opened image is transparent."""
     if not image.has_transparency_data:
         return False
-    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return np.asarray(image.convert("RGBA").getchannel("A")).min() < 255
 
 
 # What is read of COCO's records: list -> key -> type. Ids of images are numbers, also where they are written as text.

@@ -107,7 +107,7 @@ def image_number(name: Any) -> int | None:
     if isinstance(name, float):  # a column of numbers that has a gap, as pandas writes it
         name = int(name) if name.is_integer() else None
     if isinstance(name, numbers.Integral):
-        return int(name) if name >= 0 else None
+        return int(name) if int(name) >= 0 else None
     text = name.strip() if isinstance(name, str) else ""
     found = re.search(r"(?<![\d.])(\d{1,18})(?:\.0+|\.[A-Za-z]\w*)?$", text)
     return int(found[1]) if found and text[: found.start(1)] != "-" else None
@@ -202,7 +202,7 @@ def read_ids(path: str | Path, names: Mapping[str, int] | None = None) -> list[i
     structured = Path(path).suffix.lower() in (".csv", ".tsv") or text.lstrip().startswith(("{", "["))
     values: list[tuple[str, Any]]
     if structured and (records := _listed(path, text)) is not None:
-        key = _image_key(path, *records[0], None, True) if records else None
+        key = (_image_key(path, *records[0], None, True) if records else None) or ""
         values = [(f"record {number}", record.get(key)) for number, record in records]
         repeats = True
     else:

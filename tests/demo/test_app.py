@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,35 +158,59 @@ def test_maps_need_captions(page: Any) -> None:
 
 
 VISITORS = """
-import json, sys
-from gradio_client import Client
+import json, sys, uuid
+from concurrent.futures import ThreadPoolExecutor
+import httpx
 
 def visit(number):
     try:
-        client = Client(sys.argv[1], verbose=False, analytics_enabled=False)
-        return client.predict(None, number, ["baseline", "gift"], tokens=12, api_name="/describe")
+        with httpx.Client(base_url=sys.argv[1], timeout=10) as client:
+            client.get("").raise_for_status()
+            config, info = (client.get(path).raise_for_status().json() for path in ("config", "gradio_api/info"))
+            place = next(d["id"] for d in config["dependencies"] if d["api_name"] == "describe")
+            data = [p.get("parameter_default") for p in info["named_endpoints"]["/describe"]["parameters"]]
+            data[:3], data[4] = [None, number, ["baseline", "gift"]], 12
+            me = uuid.uuid4().hex
+            body = {"data": data, "fn_index": place, "session_hash": me}
+            client.post("gradio_api/queue/join", json=body).raise_for_status()
+            query = {"session_hash": me}
+            with client.stream("GET", "gradio_api/queue/data", params=query, timeout=600) as answer:
+                for line in answer.iter_lines():
+                    message = json.loads(line[5:]) if line.startswith("data:") else {}
+                    if message.get("msg") == "process_completed":
+                        return "done" if message["success"] else str(message)
+        return "no answer"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 with ThreadPoolExecutor(30) as pool:
-    json.dump(list(pool.map(visit, range(30))), sys.stdout)
+    print(json.dumps(list(pool.map(visit, range(30)))))
 """
 
 
 def test_thirty_visitors_on_a_busy_machine(page: Any) -> None:
-    """All at once, with the client's own patience (five seconds for every request), while other programs use every core."""
+    """All at once, none of them waiting more than ten seconds for a page or a place in the queue, while other programs use
+    every core."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", VISITORS, page.local_url], capture_output=True, text=True, check=True, timeout=900
+            [sys.executable, "-c", VISITORS, page.local_url], capture_output=True, text=True, check=False, timeout=900
         )
     finally:
         for process in busy:
             process.kill()
             process.wait()
-    found = json.loads(done.stdout)
-    assert [html for html in found if "Error" in html or "Timeout" in html] == []
-    assert len(set(found)) == 30
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["done"] * 30
+
+
+def test_many_visitors_get_their_own(page: Any) -> None:
+    def visit(number: int) -> str:
+        return describe(page, scene=number, methods=["baseline", "gift"], tokens=12)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(visit, range(8)))
+    assert len(set(found)) == 8
     for number, html in enumerate(found):
         assert f"In the image: {', '.join(scene_of(number).objects)}." in html
 
@@ -202,13 +227,14 @@ def test_the_page_is_made_once_for_all(studio: Any, monkeypatch: pytest.MonkeyPa
         routes.route_utils, "update_root_in_config", lambda config, root: made.append(root) or original(config, root)
     )
     with serving(studio) as own:
-        assert len(made) == 2  # the page and its configuration, before anybody came
+        before = len(made)
+        assert before  # made before anybody came
         for path in SameForAll.PATHS:
             first, second = (httpx.get(own.local_url.rstrip("/") + path) for _ in range(2))
             assert first.status_code == 200
             assert first.content == second.content
         assert httpx.get(own.local_url + "?scene=5&method=gift").content == httpx.get(own.local_url).content
-        assert len(made) == 2
+        assert len(made) == before
         other = httpx.get(own.local_url + "config", headers={"x-forwarded-host": "example.org"}).json()
         assert other["root"] == "http://example.org"
         assert httpx.get(own.local_url + "config").json()["root"] == own.local_url.rstrip("/")
