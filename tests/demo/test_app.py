@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,17 +201,6 @@ def test_thirty_visitors_on_a_busy_machine(page: Any) -> None:
             process.wait()
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == ["done"] * 30
-
-
-def test_many_visitors_get_their_own(page: Any) -> None:
-    def visit(number: int) -> str:
-        return describe(page, scene=number, methods=["baseline", "gift"], tokens=12)
-
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(visit, range(8)))
-    assert len(set(found)) == 8
-    for number, html in enumerate(found):
-        assert f"In the image: {', '.join(scene_of(number).objects)}." in html
 
 
 def test_the_page_is_made_once_for_all(studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
