@@ -34,9 +34,8 @@ def changes(before: str, after: str) -> list[Change]:
     Words are compared, in any case; punctuation and white space are not.
     """
     old, new = list(WORD.finditer(before)), list(WORD.finditer(after))
-    matcher = difflib.SequenceMatcher(
-        None, *([word[0].lower() for word in words] for words in (old, new)), autojunk=False
-    )
+    first, second = ([word[0].lower() for word in words] for words in (old, new))
+    matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
     found = []
     for kind, a, b, c, d in matcher.get_opcodes():
         if kind == "equal":
