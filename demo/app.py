@@ -645,7 +645,7 @@ def serving(
             )
             with contextlib.suppress(httpx.HTTPError):  # made now, so that the first visitors do not wait for it
                 for path in SameForAll.PATHS:
-                    httpx.get(page.local_url.rstrip("/") + path, timeout=60, trust_env=False)
+                    httpx.get((page.local_url or "").rstrip("/") + path, timeout=60, trust_env=False)
             yield page
         finally:
             sys.setswitchinterval(patience)

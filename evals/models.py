@@ -101,8 +101,7 @@ def load_model(
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         with _no_loading_bar():
-            model: Any
-            model, found = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source,
                 dtype=wanted,
                 use_safetensors=True,
@@ -110,6 +109,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 **options,
             )
+            model, found = loaded
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what tokenizers, safetensors and configs raise depends on what is broken

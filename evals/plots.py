@@ -73,7 +73,11 @@ def plot_frontier(effects: Mapping[str, Any], path: Path) -> Path | None:
         labels: tuple[list[Any], list[Any]] = ([], [])
         for place, label in enumerate(entries):
             cells = entries[label]["figures"][name]
-            style = {"color": f"C{place % 10}", "marker": "o" if label != effects["baseline"] else "s", "capsize": 2}
+            style: dict[str, Any] = {
+                "color": f"C{place % 10}",
+                "marker": "o" if label != effects["baseline"] else "s",
+                "capsize": 2,
+            }
             style |= {
                 "fillstyle": "full" if label in best else "none",
                 "linestyle": "none",

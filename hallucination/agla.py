@@ -106,10 +106,10 @@ class Agla(Branch):
         if self.clip:
             return
         valid = (self.read_rows(call) >= 0)[:, None, :, None]
-        looks = sum((rows[layer] * valid).sum((1, 2)) for layer in self.layers)
-        times = len(looks) // call.prompt.batch  # type: ignore[arg-type]  # beams
+        looks: Any = sum((rows[layer] * valid).sum((1, 2)) for layer in self.layers)
+        times = len(looks) // call.prompt.batch  # beams
         for number, image in enumerate(call.prompt.images):
-            call.memory(self)[number] = looks[image.row * times, image.columns.to(looks.device)], 0.0  # type: ignore[index]
+            call.memory(self)[number] = looks[image.row * times, image.columns.to(looks.device)], 0.0
 
     def refuse(self, run: Run) -> None:
         """One block of pixels for every picture, whose tokens form a grid."""

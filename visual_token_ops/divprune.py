@@ -39,9 +39,13 @@ class DivPrune(Reducer):
     paper: ClassVar[str] = "DivPrune, arXiv 2503.02175"
 
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper-56": {"keep": 0.098}}
-    whole = staticmethod(round)
 
     keep: Keep = 0.098
+
+    @staticmethod
+    def whole(tokens: float) -> int:
+        """Rounded to the nearest number, halves to the even one."""
+        return round(tokens)
 
     def choose(self, picture: Picture) -> Tensor:
         """The max-min diverse set."""

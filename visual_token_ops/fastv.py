@@ -48,10 +48,14 @@ class FastV(Reducer):
         "paper-128": {"layer": 2, "keep": 98 / 576},
         "paper-64": {"layer": 2, "keep": 30 / 576},
     }
-    whole = staticmethod(round)
 
     layer: int = 3
     keep: Keep = 0.5
+
+    @staticmethod
+    def whole(tokens: float) -> int:
+        """Rounded to the nearest number, halves to the even one."""
+        return round(tokens)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -188,11 +188,11 @@ def assemble(
     """
     from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-    source = LlavaForConditionalGeneration.from_pretrained(tower or model_path(), dtype="float32")
+    source: Any = LlavaForConditionalGeneration.from_pretrained(tower or model_path(), dtype="float32")
     merge(language, {k.removeprefix("adapters."): v for k, v in weights.items() if k.startswith("adapters.")})
     end, pad = (tokenizer.convert_tokens_to_ids(t) for t in (END, "<|endoftext|>"))
     language.config.update({"eos_token_id": end, "pad_token_id": pad, "tie_word_embeddings": True})
-    config = LlavaConfig(
+    config = LlavaConfig(  # type: ignore[call-arg]
         vision_config=source.config.vision_config,
         text_config=language.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),

@@ -248,7 +248,7 @@ class Trainer:
         self.device = torch.device(accelerator.type if accelerator else "cpu")
         self.settings = settings
         self.language = language[0].to(self.device).requires_grad_(False)
-        source = tower or LlavaForConditionalGeneration.from_pretrained(model_path(), dtype=torch.float32)
+        source: Any = tower or LlavaForConditionalGeneration.from_pretrained(model_path(), dtype=torch.float32)
         self.tower = source.model.vision_tower.to(self.device).eval().requires_grad_(False)
         self.image_size = source.config.vision_config.image_size
         self.grid = self.image_size // source.config.vision_config.patch_size
