@@ -196,15 +196,27 @@ def test_yes_or_no(visit: Any) -> None:
     sync_api.expect(tab.locator("#answers .run").first).to_contain_text("right (the truth: yes)")
 
 
-@pytest.mark.parametrize("slowly", [0.1], indirect=True)
-@pytest.mark.usefixtures("slowly")
-def test_more_than_are_served_at_once(visit: Any) -> None:
-    """Two write at the same time, the third is told its place; everybody gets what they asked for."""
+def test_more_than_are_served_at_once(visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are served, the third is told its place; everybody gets what they asked for."""
+    from vlm_attn.demo import studio
+
+    put, go_on = studio._Tokens.put, threading.Event()
+
+    def wait(self: Any, value: Any) -> None:
+        put(self, value)
+        go_on.wait(300)
+
+    monkeypatch.setattr(studio._Tokens, "put", wait)
     tabs = {word: visit(f"?scene={scene}") for word, scene in (("elephant", 3), ("laptop", 12), ("kite", 8))}
-    for tab in tabs.values():
-        tab.click("#describe")
-    places = tabs["kite"].locator("#captions [data-testid=status-tracker]")
-    sync_api.expect(places).to_contain_text(re.compile(r"queue: \d+/\d+"))
+    try:
+        for name in ("elephant", "laptop"):
+            tabs[name].click("#describe")
+            tabs[name].locator("#stop").wait_for()
+        tabs["kite"].click("#describe")
+        place = tabs["kite"].locator("#captions [data-testid=status-tracker]")
+        sync_api.expect(place).to_contain_text(re.compile(r"queue: \d+/\d+"))
+    finally:
+        go_on.set()
     for name, tab in tabs.items():
         word(tab, 1, name).click()
         sync_api.expect(tab.locator("#sentence")).to_contain_text(f'"{name}" (gift)')
