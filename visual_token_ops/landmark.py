@@ -12,7 +12,7 @@ from torch import Tensor
 from vlm_attn.call import Call
 from vlm_attn.heads import HeadMethod, Seen, View
 from vlm_attn.method import check_flag, check_range
-from vlm_attn.reduction import Keep, check_keep
+from vlm_attn.reduction import check_keep
 from vlm_attn.visual_token_ops.chunks import best, chunks_of, mean_of, of_keys, scores, tiles
 
 
@@ -46,7 +46,7 @@ class Landmark(HeadMethod):
     paper: ClassVar[str] = "in the style of landmark attention, arXiv 2305.16300"
     adds_keys: ClassVar[bool] = True
 
-    keep: Keep = 0.25
+    keep: float | int = 0.25
     tile: int = 0
     summaries: bool = True
 

@@ -12,7 +12,7 @@ import torch
 from vlm_attn.call import Call
 from vlm_attn.heads import HeadMethod, Seen, View
 from vlm_attn.method import check_range, unknown_turn
-from vlm_attn.reduction import Keep, check_keep
+from vlm_attn.reduction import check_keep
 from vlm_attn.visual_token_ops.chunks import best, chunks_of, gathered, of_keys, scores, tiles
 
 
@@ -45,7 +45,7 @@ class LongHeads(HeadMethod):
     paper: ClassVar[str] = "LongHeads, arXiv 2402.10685"
     whole_prompt: ClassVar[bool] = True
 
-    keep: Keep = 0.25
+    keep: float | int = 0.25
     tile: int = 0
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from vlm_attn.call import Call
 from vlm_attn.heads import HeadMethod, Seen, View
 from vlm_attn.kernels import attention_rows
 from vlm_attn.method import check_range
-from vlm_attn.reduction import Keep, check_keep, kept_count
+from vlm_attn.reduction import check_keep, kept_count
 
 STATIC = "recycled counts steps, which a compiled step on a static cache cannot: leave out cache_implementation="
 
@@ -46,7 +46,7 @@ class Recycled(HeadMethod):
     name: ClassVar[str] = "recycled"
     paper: ClassVar[str] = "Recycled Attention, arXiv 2411.05787"
 
-    keep: Keep = 4096
+    keep: float | int = 4096
     stride: int = 50
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlm_attn.call import Call
 from vlm_attn.heads import HeadMethod, Seen, View
 from vlm_attn.method import check_range
-from vlm_attn.reduction import Keep, check_keep
+from vlm_attn.reduction import check_keep
 from vlm_attn.visual_token_ops.chunks import Chunks, best, chunks_of, mean_of, of_keys, regions, scores
 
 
@@ -48,7 +48,7 @@ class Routed(HeadMethod):
     whole_prompt: ClassVar[bool] = True
 
     side: int = 4
-    keep: Keep = 0.25
+    keep: float | int = 0.25
 
     def __post_init__(self) -> None:
         check_range(self, "side", 1, 64)

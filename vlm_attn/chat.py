@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
-from transformers.utils import logging
 
 from vlm_attn.spelling import VISUAL, Speller, is_special, is_text
 
@@ -395,6 +394,8 @@ def _patterns(parts: Sequence[str]) -> tuple[str, ...]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what processors say about prompts that are only tried."""
+    from transformers.utils import logging  # heavy, and not needed by who only reads answers
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

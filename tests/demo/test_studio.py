@@ -224,7 +224,7 @@ class TestText:
         for text in ("<i>a dog</i>", "a dog <script>", "a dog </p>&", "<<a>>", "& a", "..."):
             run = Run(spec, 64, [1, 2], text, done=True, mentions=[])
             for done in (True, False):
-                shown = markup._words(run, 0, done)
+                shown = markup._words(run, 0, done, ())
                 bare = re.sub(r"</?(button|span)( [^<>]*)?>", "", shown)
                 assert html.unescape(bare) == text, shown
                 assert "<" not in bare, shown
@@ -480,17 +480,23 @@ class TestUpload:
 def test_differences_are_marked(studio: Any) -> None:
     """Against the first run, for eyes and in words; punctuation stays at its word."""
     specs = studio.specs(["baseline", "gift"])
-    texts = ("a bear and a dog.", "a large dog, a cat.")
-    runs = [Run(spec, 64, [1], text, 1.0, True) for spec, text in zip(specs, texts, strict=True)]
-    html = markup.captions(module.Result(Picture(Image.new("RGB", (4, 4))), PROMPT, runs))
-    first, second = html.split("<section")[1:]
+    picture = Picture(Image.new("RGB", (4, 4)))
+
+    def shown(*texts: str) -> list[str]:
+        runs = [Run(spec, 64, [1], text, 1.0, True) for spec, text in zip(specs, texts, strict=True)]
+        return markup.captions(module.Result(picture, PROMPT, runs)).split("<section")[1:]
+
+    first, second = shown("a bear and a dog.", "a large dog, a cat.")
     assert "<ins" not in first
     assert "<del>" not in first
-    assert re.search(r'<ins class="added"><button[^>]*>cat</button></ins>\.</span>', second)
-    assert "<del>bear and a</del>" in second or 'title="for: bear and a"' in second
+    assert re.search(r'<ins class="changed" title="for: dog"><button[^>]*>cat</button></ins>\.</span>', second)
+    assert 'title="for: bear and"' in second
     assert "Against baseline: " in second
-    runs[1].text = texts[0]
-    assert "The same as baseline." in markup.captions(module.Result(Picture(Image.new("RGB", (4, 4))), PROMPT, runs))
+    assert re.search(
+        r'<ins class="added"><button[^>]*>cat</button></ins>\.</span>', shown("a dog.", "a dog, a cat.")[1]
+    )
+    assert "<del>a bear and</del>" in shown("a bear and a dog.", "a dog.")[1]
+    assert "The same as baseline." in shown("a dog.", "a dog.")[1]
 
 
 def test_markup_escapes_what_others_wrote(studio: Any) -> None:

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from vlm_attn.evals import experiment, scenes
+from vlm_attn.evals.calibrate import choose
 from vlm_attn.evals.models import load_model
 from vlm_attn.evals.specs import parse_specs
 from vlm_attn.patching import is_patched
@@ -42,7 +43,7 @@ def test_searches_on_one_split_and_tests_once_on_the_other(bundled, tmp_path):
     assert len(searched["metrics"]) == found["vcd"]["searched"] == 6
     # What is tested is what the rule chose among the settings, by their figures on the search split.
     rows = {label: {k: {"value": v} for k, v in row.items()} for label, row in found["vcd"]["settings"].items()}
-    best = experiment.choose(rows, [label for label in rows if label != "baseline"])
+    best = choose(rows, [label for label in rows if label != "baseline"])
     chosen = dict(pair.removeprefix("vcd.").split("=") for pair in best.split(", "))
     params = tested["config"]["methods"]["vcd"][0]["params"]
     assert {key: params[key] for key in chosen} == {key: json.loads(value) for key, value in chosen.items()}

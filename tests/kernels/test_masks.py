@@ -131,8 +131,9 @@ def test_algebra(parts: list[str], first: str, second: str, data: st.DataObject)
 
 def test_wrong_input() -> None:
     group, image = masks.parse_layout("s2 v2")
-    with pytest.raises(ValueError, match="no mask 'mma'.*modality-mutual.*sliding:N"):
-        masks.named("mma")
+    with pytest.raises(ValueError, match="no mask 'mna'.*modality-mutual.*sliding:N"):
+        masks.named("mna")
+    assert masks.named("mma") == masks.named("modality-mutual")
     with pytest.raises(ValueError, match="window=0"):
         masks.sliding(0)
     with pytest.raises(ValueError, match="layout part 'x3'"):
