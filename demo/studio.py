@@ -327,7 +327,10 @@ class Studio:
         """A message without what only who runs the demo knows: the files and models that were given."""
         for method, params in self.given.items():
             for parameter in kept_back(registry.method_class(method)):
-                for secret in {str(params.get(parameter, "")), str(params.get(parameter, "")).partition(":")[2]} - {""}:
+                whole = str(params.get(parameter, ""))
+                for secret in filter(
+                    None, (whole, whole.partition(":")[2])
+                ):  # the longer one first: it holds the other
                     text = text.replace(secret, f"({method}.{parameter})")
         return text
 
