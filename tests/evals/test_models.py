@@ -67,7 +67,7 @@ def test_quantised(tiny_model_folder: Path, bits: int) -> None:  # noqa: F811
 def test_no_bar_over_the_weights(tiny_model_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     from transformers.utils import logging
 
-    assert logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()  # another test's command may have turned it off for its process
     load_model(str(tiny_model_folder), "cpu")
     assert "Loading weights" not in capfd.readouterr().err
     assert logging.is_progress_bar_enabled()  # as it was
