@@ -74,6 +74,7 @@ def write_text(path: str | Path, text: str) -> None:
         raise
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what decides about the numbers."""
     from importlib.metadata import version
